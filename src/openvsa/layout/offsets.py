@@ -1,0 +1,120 @@
+"""Where blocks begin and end along a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from openvsa.errors import PlanError
+
+__all__ = ["BlockOffsets"]
+
+
+class BlockOffsets:
+    """The lengths of the N consecutive blocks that a sequence of S tokens is cut into. Immutable.
+
+    Lengths are known on the host, so that checking a plan or choosing a kernel never waits for a device; copies
+    on devices are made once each and kept.
+
+    Raises:
+        PlanError: a length is not a positive integer, or there is no block.
+    """
+
+    __slots__ = ("_on_device", "lens", "max_len", "num_tokens")
+
+    def __init__(self, lens: Sequence[int]) -> None:
+        lens = tuple(int(n) for n in lens)
+        if not lens or min(lens) < 1:
+            raise PlanError(
+                f"block lengths must be positive and at least one block is needed, got {_shorten(lens)}; "
+                "block offsets must start at 0 and strictly increase"
+            )
+        self.lens = lens
+        self.num_tokens = sum(lens)
+        self.max_len = max(lens)
+        self._on_device: dict[tuple[torch.device, str], Tensor] = {}
+
+    @classmethod
+    def of(cls, offsets: BlockOffsets | Tensor | Sequence[int]) -> BlockOffsets:
+        """Take offsets [N + 1] from anything that holds them. A tensor on a device costs one synchronisation.
+
+        Raises:
+            PlanError: the offsets do not start at 0 or do not strictly increase.
+        """
+        if isinstance(offsets, BlockOffsets):
+            return offsets
+        values = offsets.tolist() if isinstance(offsets, Tensor) else [int(n) for n in offsets]
+        if not isinstance(values, list) or len(values) < 2 or values[0] != 0:
+            raise PlanError(
+                f"block offsets must be N + 1 integers that start at 0, got {_shorten(values)}; "
+                "for blocks of 3 and 2 tokens pass [0, 3, 5]"
+            )
+        lens = [b - a for a, b in pairwise(values)]
+        if min(lens) < 1:
+            at = next(i for i, n in enumerate(lens) if n < 1)
+            raise PlanError(
+                f"block offsets must strictly increase, got {values[at]} followed by {values[at + 1]} "
+                f"at position {at}; every block holds at least one token"
+            )
+        return cls(lens)
+
+    @property
+    def num_blocks(self) -> int:
+        """N."""
+        return len(self.lens)
+
+    @property
+    def uniform_len(self) -> int | None:
+        """The common length if all blocks have it (the last one may be shorter), else None."""
+        first = self.lens[0]
+        return first if all(n == first for n in self.lens[:-1]) and self.lens[-1] <= first else None
+
+    def on(self, device: torch.device) -> Tensor:
+        """Offsets as an int32 tensor [N + 1] on `device`."""
+        return self._cached(device, "offsets", lambda: torch.tensor([0, *accumulate(self.lens)], dtype=torch.int32))
+
+    def lens_on(self, device: torch.device) -> Tensor:
+        """Lengths as an int32 tensor [N] on `device`."""
+        return self._cached(device, "lens", lambda: torch.tensor(self.lens, dtype=torch.int32))
+
+    def block_of_token(self, device: torch.device) -> Tensor:
+        """The block each token belongs to, int64 [S] on `device`."""
+        return self._cached(device, "block", lambda: torch.repeat_interleave(torch.tensor(self.lens)))
+
+    def padded_slots(self, device: torch.device) -> Tensor:
+        """Token index of each slot of each block, int64 [N, max_len]; a slot past a block's end repeats its last
+        token and must be masked."""
+
+        def build() -> Tensor:
+            lens = torch.tensor(self.lens)[:, None]
+            starts = lens.cumsum(0) - lens
+            return starts + torch.arange(self.max_len).expand(len(self.lens), -1).minimum(lens - 1)
+
+        return self._cached(device, "slots", build)
+
+    def _cached(self, device: torch.device, what: str, build) -> Tensor:
+        device = torch.device(device)
+        found = self._on_device.get((device, what))
+        if found is None:
+            found = build() if device.type == "cpu" else build().to(device, non_blocking=True)
+            if not torch.compiler.is_compiling():
+                self._on_device[device, what] = found
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockOffsets) and self.lens == other.lens
+
+    def __hash__(self) -> int:
+        return hash(self.lens)
+
+    def __repr__(self) -> str:
+        sizes = f"{self.max_len}" if min(self.lens) == self.max_len else f"{min(self.lens)} to {self.max_len}"
+        return f"BlockOffsets({self.num_blocks} blocks of {sizes} tokens, {self.num_tokens} in all)"
+
+
+def _shorten(values: object) -> str:
+    text = str(values)
+    return text if len(text) <= 80 else text[:77] + "..."

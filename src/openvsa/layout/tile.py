@@ -1,0 +1,229 @@
+"""Tiles of a token lattice, as contiguous blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvsa.errors import ShapeError
+from openvsa.layout.fit import best_tile
+from openvsa.layout.offsets import BlockOffsets
+
+__all__ = ["TileLayout"]
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """A lattice of tokens cut into tiles, each of which becomes one contiguous block.
+
+    The raster sequence is `prefix` tokens (text, say), then the lattice in raster order (last axis fastest), then
+    `suffix` tokens: S = prefix + prod(grid) + suffix. In block order the prefix blocks come first, then the tiles
+    (raster order of the tile grid, raster order inside a tile), then the suffix blocks. Prefix and suffix are cut
+    into blocks of at most prod(tile) tokens that never mix with the lattice. Tiles at a border that the tile does
+    not divide are short blocks: nothing is padded.
+
+    Args:
+        grid: tokens along each axis: (T, H, W) for video, (H, W) for an image, (N,) for text.
+        tile: tokens of a tile along each axis, as many numbers as `grid`. A side longer than the grid is cut to it.
+        prefix, suffix: tokens before and after the lattice.
+
+    Attributes:
+        blocks: lengths and offsets of all N blocks.
+
+    Raises:
+        ShapeError: a number is not positive, or grid and tile differ in rank.
+    """
+
+    grid: tuple[int, ...]
+    tile: tuple[int, ...]
+    prefix: int = 0
+    suffix: int = 0
+    blocks: BlockOffsets = field(init=False, repr=False, compare=False)
+    _indices: dict[tuple[torch.device, bool], Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        grid, tile = _sides("grid", self.grid), _sides("tile", self.tile)
+        if len(grid) != len(tile):
+            raise ShapeError(
+                f"grid and tile must have one number per axis each, got grid={grid} and tile={tile}; "
+                "give a tile side for each axis of the grid"
+            )
+        for name in ("prefix", "suffix"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 0:
+                raise ShapeError(f"{name} must be a number of tokens >= 0, got {count!r}")
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "tile", tuple(min(t, g) for t, g in zip(tile, grid, strict=True)))
+        sides = [[min(t, g - start) for start in range(0, g, t)] for g, t in zip(grid, self.tile, strict=True)]
+        tiles = [math.prod(lens) for lens in product(*sides)]
+        lens = [*self._text_lens(self.prefix), *tiles, *self._text_lens(self.suffix)]
+        object.__setattr__(self, "blocks", BlockOffsets(lens))
+        permutation = self._build_permutation()
+        cpu = torch.device("cpu")
+        object.__setattr__(self, "_indices", {(cpu, False): permutation, (cpu, True): permutation.argsort()})
+
+    @classmethod
+    def fit(cls, grid: tuple[int, ...], max_block: int = 64, prefix: int = 0, suffix: int = 0) -> TileLayout:
+        """The layout whose tile leaves the fewest, and so the fullest, blocks on this lattice.
+
+        It minimises the number of blocks N = prod(ceil(grid / tile)) over all tiles of at most `max_block` tokens
+        whose longest side is at most 4 times its shortest (a side that spans the whole grid is exempt): a kernel
+        works in whole blocks, so at a given density its cost grows with N^2, while long thin tiles hold tokens
+        that have little to do with each other. Among equals the tile with the smallest surface wins, then the one
+        longer along the later axes.
+
+        Raises:
+            ShapeError: `grid` or `max_block` is not positive.
+        """
+        if max_block < 1:
+            raise ShapeError(f"max_block must be at least 1 token, got {max_block}")
+        return cls(grid, best_tile(_sides("grid", grid), max_block), prefix, suffix)
+
+    @property
+    def num_tokens(self) -> int:
+        """S: prefix, lattice and suffix together."""
+        return self.prefix + math.prod(self.grid) + self.suffix
+
+    @property
+    def tile_grid(self) -> tuple[int, ...]:
+        """Tiles along each axis."""
+        return tuple(-(-g // t) for g, t in zip(self.grid, self.tile, strict=True))
+
+    @property
+    def num_tiles(self) -> int:
+        """Blocks that are tiles of the lattice."""
+        return math.prod(self.tile_grid)
+
+    @property
+    def num_blocks(self) -> int:
+        """N: prefix blocks, tiles and suffix blocks."""
+        return self.blocks.num_blocks
+
+    @property
+    def tile_blocks(self) -> slice:
+        """Which blocks are tiles of the lattice."""
+        first = len(self._text_lens(self.prefix))
+        return slice(first, first + self.num_tiles)
+
+    @property
+    def text_blocks(self) -> tuple[int, ...]:
+        """Which blocks hold prefix or suffix tokens."""
+        tiles = self.tile_blocks
+        return (*range(tiles.start), *range(tiles.stop, self.num_blocks))
+
+    @property
+    def block_lens(self) -> tuple[int, ...]:
+        """Tokens in each block."""
+        return self.blocks.lens
+
+    @property
+    def block_offsets(self) -> Tensor:
+        """int32 [N + 1] on the CPU: block i holds positions block_offsets[i] to block_offsets[i + 1]."""
+        return self.blocks.on(torch.device("cpu"))
+
+    @property
+    def permutation(self) -> Tensor:
+        """int64 [S] on the CPU: raster index of the token at each permuted position."""
+        return self._indices[torch.device("cpu"), False]
+
+    @property
+    def inverse_permutation(self) -> Tensor:
+        """int64 [S] on the CPU: permuted position of the token at each raster index."""
+        return self._indices[torch.device("cpu"), True]
+
+    def permute(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Raster order to block order along `dim`, which must have S entries. Any dtype; differentiable.
+
+        Raises:
+            ShapeError: the size of `dim` is not S.
+        """
+        return self._reorder(x, dim, inverse=False)
+
+    def unpermute(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Block order back to raster order along `dim`. The inverse of `permute`.
+
+        Raises:
+            ShapeError: the size of `dim` is not S.
+        """
+        return self._reorder(x, dim, inverse=True)
+
+    def on(self, device: torch.device | str) -> TileLayout:
+        """This layout, its index tensors copied to `device` ahead of use (otherwise the first use copies them,
+        and a first use inside torch.compile copies them in every call)."""
+        device = torch.device(device)
+        for inverse in (False, True):
+            self._index(device, inverse=inverse)
+        for tensor in (self.blocks.on, self.blocks.lens_on, self.blocks.block_of_token, self.blocks.padded_slots):
+            tensor(device)
+        return self
+
+    def check(self, name: str, tokens: int) -> None:
+        """Raise ShapeError unless `tokens` is S; `name` says in the message whose tokens they are."""
+        if tokens != self.num_tokens:
+            parts = f"{self.prefix} prefix + " if self.prefix else ""
+            parts += "x".join(map(str, self.grid)) + f" = {math.prod(self.grid)} lattice"
+            parts += f" + {self.suffix} suffix" if self.suffix else ""
+            raise ShapeError(
+                f"{name} has {tokens} tokens, but the layout of grid {self.grid} has {self.num_tokens} "
+                f"({parts}); build the TileLayout from the lattice of this tensor"
+            )
+
+    def _reorder(self, x: Tensor, dim: int, *, inverse: bool) -> Tensor:
+        if not -x.dim() <= dim < x.dim():
+            raise ShapeError(f"dim {dim} does not exist in a tensor of shape {tuple(x.shape)}")
+        self.check(f"dimension {dim} of a tensor of shape {tuple(x.shape)}", x.shape[dim])
+        there, back = self._index(x.device, inverse=inverse), self._index(x.device, inverse=not inverse)
+        return _Reorder.apply(x, dim, there, back)
+
+    def _index(self, device: torch.device, *, inverse: bool) -> Tensor:
+        found = self._indices.get((device, inverse))
+        if found is None:
+            found = self._indices[torch.device("cpu"), inverse].to(device, non_blocking=True)
+            if not torch.compiler.is_compiling():
+                self._indices[device, inverse] = found
+        return found
+
+    def _build_permutation(self) -> Tensor:
+        tile_of_token = torch.zeros((), dtype=torch.int64)
+        for g, t, n in zip(self.grid, self.tile, self.tile_grid, strict=True):
+            tile_of_token = tile_of_token[..., None] * n + torch.arange(g) // t
+        lattice = tile_of_token.flatten().argsort(stable=True) + self.prefix
+        last = self.num_tokens - self.suffix
+        return torch.cat([torch.arange(self.prefix), lattice, torch.arange(last, self.num_tokens)])
+
+    def _text_lens(self, tokens: int) -> list[int]:
+        size = math.prod(self.tile)
+        return [min(size, tokens - start) for start in range(0, tokens, size)]
+
+
+class _Reorder(torch.autograd.Function):
+    """A permutation, whose gradient is the inverse permutation rather than a scatter-add."""
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, there: Tensor, back: Tensor) -> Tensor:
+        return x.index_select(dim, there)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.dim, there, back = inputs
+        ctx.save_for_backward(there, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        there, back = ctx.saved_tensors
+        return _Reorder.apply(grads[0], ctx.dim, back, there), None, None, None
+
+
+def _sides(name: str, sides: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        values = tuple(int(n) for n in sides)
+    except TypeError:
+        raise ShapeError(f"{name} must be a tuple of positive integers, got {sides!r}") from None
+    if not values or min(values) < 1:
+        raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {sides!r}")
+    return values
