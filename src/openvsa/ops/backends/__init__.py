@@ -1,0 +1,1 @@
+"""Kernels, one module each. None imports another, nor the oracle."""

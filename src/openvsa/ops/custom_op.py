@@ -1,0 +1,104 @@
+"""The op as torch.library sees it: a forward and a backward custom op, with fakes and autograd.
+
+The kernels themselves are modules of `ops.backends` with a `forward` and a `backward`; they are imported when first
+used and named by a string, because a custom op takes only tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvsa.ops.plan_tensors import PlanTensors
+from openvsa.plan import BlockPlan
+
+__all__ = ["run_kernel"]
+
+
+def run_kernel(kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Run the kernel module named `kernel`: out [B, Sq, H, Dv] and lse [B, H, Sq], differentiable."""
+    starts = readers = None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        starts, readers = plan.transpose_csr()
+    return _attention(
+        q, k, v, plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks, plan.kv_indices, starts, readers,
+        plan.q_blocks.max_len, plan.kv_blocks.max_len, scale, kernel,
+    )  # fmt: skip
+
+
+def _kernel(name: str) -> ModuleType:
+    return importlib.import_module(f"openvsa.ops.backends.{name}")
+
+
+@torch.library.custom_op("openvsa::block_sparse_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_starts: Tensor | None,
+    q_indices: Tensor | None,
+    max_q_block: int,
+    max_kv_block: int,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    plan = PlanTensors(q_offsets, kv_offsets, kv_num_blocks, kv_indices, q_starts, q_indices, max_q_block, max_kv_block)
+    return _kernel(kernel).forward(q, k, v, plan, scale)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, q_len, heads, _d = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(batch, q_len, heads, v.shape[-1]), q.new_empty(batch, heads, q_len, dtype=lse_dtype)
+
+
+@torch.library.custom_op("openvsa::block_sparse_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_starts: Tensor,
+    q_indices: Tensor,
+    max_q_block: int,
+    max_kv_block: int,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = PlanTensors(q_offsets, kv_offsets, kv_num_blocks, kv_indices, q_starts, q_indices, max_q_block, max_kv_block)
+    return _kernel(kernel).backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
+
+
+@_attention_backward.register_fake
+def _(grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.settings = inputs[9:]
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, *lists, out, lse = ctx.saved_tensors
+    grads = _attention_backward(grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.settings)
+    return *grads, *(None,) * 10
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)

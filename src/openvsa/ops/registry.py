@@ -1,0 +1,111 @@
+"""The backends there are, best first, and the choice among them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from openvsa import config
+from openvsa.errors import UnsupportedError
+from openvsa.ops.capability import Backend, Problem
+from openvsa.ops.custom_op import run_kernel
+from openvsa.ops.reference import reference_attention
+from openvsa.plan import BlockPlan
+
+__all__ = ["backends", "choose"]
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends, in the order in which `auto` tries them."""
+    return _BACKENDS
+
+
+def choose(problem: Problem, name: str = "auto") -> Backend:
+    """The backend `name`, or for "auto" the first that can run `problem`.
+
+    Raises:
+        UnsupportedError: the named backend cannot run it, none can, or there is none of that name; `.reasons` has
+            every reason of every backend considered.
+    """
+    known = {backend.name: backend for backend in backends()}
+    if name != "auto" and name not in known:
+        raise UnsupportedError(f"there is no backend {name!r}; choose 'auto' or one of {', '.join(known)}", {})
+    reasons = {}
+    for backend in known.values() if name == "auto" else [known[name]]:
+        reasons[backend.name] = backend.unsupported_reasons(problem)
+        if not reasons[backend.name]:
+            return backend
+    who = "no backend can" if name == "auto" else f"the backend {name!r} cannot"
+    raise UnsupportedError(f"{who} run this problem ({problem})", reasons)
+
+
+def _run_reference(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    return reference_attention(q, k, v, plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks, plan.kv_indices, scale)
+
+
+def _run_flex(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    from openvsa.ops.backends import flex
+
+    return flex.attention(q, k, v, plan, scale)
+
+
+def _triton_available(device_type: str) -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["the package triton is not installed (pip install 'openvsa[triton]')"]
+    if device_type == "cpu" and not config.triton_interpret():
+        return ["on CPU tensors it only runs in Triton's interpreter (set TRITON_INTERPRET=1 before starting Python)"]
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return [f"needs a GPU of compute capability 8.0 or newer, not {torch.cuda.get_device_capability()}"]
+    return []
+
+
+def _flex_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    for name, size in (("query", problem.max_q_block), ("key", problem.max_kv_block)):
+        if size & (size - 1) or size < 16:
+            reasons.append(f"needs {name} blocks of 16, 32, 64 or 128 tokens, not {size}")
+    if problem.head_dim & (problem.head_dim - 1):
+        reasons.append(f"needs a head_dim that is a power of two, not {problem.head_dim}")
+    return reasons
+
+
+_HALF_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
+
+_BACKENDS = (
+    Backend(
+        name="cpu",
+        summary="gathers the kept blocks and multiplies only those; plain torch, all cores",
+        run=lambda q, k, v, plan, scale: run_kernel("cpu", q, k, v, plan, scale),
+        dtypes=(*_HALF_AND_FLOAT, torch.float64),
+        device_types=("cpu",),
+    ),
+    Backend(
+        name="triton",
+        summary="Triton kernels, forward and backward, deterministic",
+        run=lambda q, k, v, plan, scale: run_kernel("triton", q, k, v, plan, scale),
+        dtypes=_HALF_AND_FLOAT,
+        device_types=("cuda", "cpu"),
+        head_dim=(16, 256),
+        max_block=128,
+        head_dim_v_differs=False,
+        available=_triton_available,
+    ),
+    Backend(
+        name="flex",
+        summary="PyTorch's FlexAttention, compiled on first use",
+        run=_run_flex,
+        dtypes=_HALF_AND_FLOAT,
+        device_types=("cuda",),  # on the CPU FlexAttention gives neither lse nor gradients
+        ragged=False,
+        head_dim_v_differs=False,
+        extra_reasons=_flex_reasons,
+    ),
+    Backend(
+        name="reference",
+        summary="the oracle: dense scores, masked; any device and dtype, memory grows with the square of tokens",
+        run=_run_reference,
+        dtypes=(*_HALF_AND_FLOAT, torch.float64),
+    ),
+)
