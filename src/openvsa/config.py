@@ -47,17 +47,15 @@ class Budget:
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise BudgetError(f"{name} must be in (0, 1], got {share}; 1 keeps everything")
-        for name in ("top_k", "max_blocks"):
+        for name, least in (("top_k", 1), ("min_blocks", 1), ("max_blocks", 1), ("keep_first", 0)):
             count = getattr(self, name)
-            if count is not None and (count != int(count) or count < 1):
-                raise BudgetError(f"{name} must be a whole number of blocks >= 1, got {count}")
-        if self.min_blocks < 1 or (self.max_blocks is not None and self.max_blocks < self.min_blocks):
+            if count is not None and (not isinstance(count, int) or count < least):
+                raise BudgetError(f"{name} must be a whole number of blocks >= {least}, got {count}")
+        if self.max_blocks is not None and self.max_blocks < self.min_blocks:
             raise BudgetError(
-                f"blocks must satisfy 1 <= min_blocks <= max_blocks, got min_blocks={self.min_blocks} "
+                f"blocks must satisfy min_blocks <= max_blocks, got min_blocks={self.min_blocks} "
                 f"and max_blocks={self.max_blocks}"
             )
-        if self.keep_first < 0:
-            raise BudgetError(f"keep_first must be a number of blocks >= 0, got {self.keep_first}")
 
     def blocks(self, num_blocks: int) -> int:
         """The number of key blocks kept of `num_blocks`; for top_p, the most that can be kept.

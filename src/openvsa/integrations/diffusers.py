@@ -202,7 +202,8 @@ class _WanSelfAttention:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        # Under autocast the norms return fp32.
+        q, k = attn.norm_q(q).type_as(v), attn.norm_k(k).type_as(v)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         if rotary_emb is not None:
             q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
@@ -214,7 +215,7 @@ class _WanSelfAttention:
         state, layout = self.state, self.state.layout
         if layout is None:
             raise OpenVSAError(f"{self.name} ran outside its transformer's forward, so its lattice is not known")
-        layout.check(f"the input of {self.name}", q.shape[1])
+        layout.check("the input of a self-attention", q.shape[1])
         if state.selector is None or state.budget is None:
             from diffusers.models.attention_dispatch import dispatch_attention_fn
 

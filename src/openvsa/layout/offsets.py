@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +28,13 @@ class BlockOffsets:
     __slots__ = ("_on_device", "lens", "max_len", "num_tokens")
 
     def __init__(self, lens: Sequence[int]) -> None:
-        lens = tuple(int(n) for n in lens)
-        if not lens or min(lens) < 1:
+        whole = _integers(lens)
+        if not whole or min(whole) < 1:
             raise PlanError(
-                f"block lengths must be positive and at least one block is needed, got {_shorten(lens)}; "
+                f"block lengths must be positive integers and at least one block is needed, got {_shorten(lens)}; "
                 "block offsets must start at 0 and strictly increase"
             )
-        self.lens = lens
+        self.lens = lens = tuple(whole)
         self.num_tokens = sum(lens)
         self.max_len = max(lens)
         self._on_device: dict[tuple[torch.device, str], Tensor] = {}
@@ -46,10 +48,10 @@ class BlockOffsets:
         """
         if isinstance(offsets, BlockOffsets):
             return offsets
-        values = offsets.tolist() if isinstance(offsets, Tensor) else [int(n) for n in offsets]
-        if not isinstance(values, list) or len(values) < 2 or values[0] != 0:
+        values = _integers(offsets.tolist() if isinstance(offsets, Tensor) else offsets)
+        if values is None or len(values) < 2 or values[0] != 0:
             raise PlanError(
-                f"block offsets must be N + 1 integers that start at 0, got {_shorten(values)}; "
+                f"block offsets must be N + 1 integers that start at 0, got {_shorten(offsets)}; "
                 "for blocks of 3 and 2 tokens pass [0, 3, 5]"
             )
         lens = [b - a for a, b in pairwise(values)]
@@ -99,7 +101,9 @@ class BlockOffsets:
         device = torch.device(device)
         found = self._on_device.get((device, what))
         if found is None:
-            found = build() if device.type == "cpu" else build().to(device, non_blocking=True)
+            # Tensors born in inference mode could never take part in training.
+            with torch.inference_mode(False):
+                found = build() if device.type == "cpu" else build().to(device, non_blocking=True)
             if not torch.compiler.is_compiling():
                 self._on_device[device, what] = found
         return found
@@ -113,6 +117,14 @@ class BlockOffsets:
     def __repr__(self) -> str:
         sizes = f"{self.max_len}" if min(self.lens) == self.max_len else f"{min(self.lens)} to {self.max_len}"
         return f"BlockOffsets({self.num_blocks} blocks of {sizes} tokens, {self.num_tokens} in all)"
+
+
+def _integers(values: Iterable[Any]) -> list[int] | None:
+    """Plain integers, or None if some value is anything else."""
+    try:
+        return [operator.index(n) for n in values]
+    except TypeError:
+        return None
 
 
 def _shorten(values: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -63,9 +64,12 @@ class TileLayout:
         tiles = [math.prod(lens) for lens in product(*sides)]
         lens = [*self._text_lens(self.prefix), *tiles, *self._text_lens(self.suffix)]
         object.__setattr__(self, "blocks", BlockOffsets(lens))
-        permutation = self._build_permutation()
+        # Tensors born in inference mode could never take part in training.
+        with torch.inference_mode(False):
+            permutation = self._build_permutation()
+            inverse = permutation.argsort()
         cpu = torch.device("cpu")
-        object.__setattr__(self, "_indices", {(cpu, False): permutation, (cpu, True): permutation.argsort()})
+        object.__setattr__(self, "_indices", {(cpu, False): permutation, (cpu, True): inverse})
 
     @classmethod
     def fit(cls, grid: tuple[int, ...], max_block: int = 64, prefix: int = 0, suffix: int = 0) -> TileLayout:
@@ -183,7 +187,8 @@ class TileLayout:
     def _index(self, device: torch.device, *, inverse: bool) -> Tensor:
         found = self._indices.get((device, inverse))
         if found is None:
-            found = self._indices[torch.device("cpu"), inverse].to(device, non_blocking=True)
+            with torch.inference_mode(False):
+                found = self._indices[torch.device("cpu"), inverse].to(device, non_blocking=True)
             if not torch.compiler.is_compiling():
                 self._indices[device, inverse] = found
         return found
@@ -221,7 +226,7 @@ class _Reorder(torch.autograd.Function):
 
 def _sides(name: str, sides: tuple[int, ...]) -> tuple[int, ...]:
     try:
-        values = tuple(int(n) for n in sides)
+        values = tuple(operator.index(n) for n in sides)
     except TypeError:
         raise ShapeError(f"{name} must be a tuple of positive integers, got {sides!r}") from None
     if not values or min(values) < 1:

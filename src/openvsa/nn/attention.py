@@ -89,7 +89,8 @@ class VideoSparseAttention(nn.Module):
 
     def layout(self, grid: tuple[int, ...], prefix: int = 0, suffix: int = 0) -> TileLayout:
         """The layout this module uses for a lattice."""
-        return _layout(tuple(grid), self.tile, prefix, suffix, self.to_q.weight.device)
+        tile = self.tile if isinstance(self.tile, str) else tuple(self.tile)
+        return _layout(tuple(grid), tile, prefix, suffix, self.to_q.weight.device)
 
     def forward(
         self, x: Tensor, grid: tuple[int, ...], rope: Rope | None = None, *, prefix: int = 0, suffix: int = 0
@@ -115,6 +116,8 @@ class VideoSparseAttention(nn.Module):
         v = self.to_v(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if rope is not None:
             q, k = rope(q), rope(k)
+        # Norms and rotary embeddings may leave in fp32, under autocast in particular.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         weight = None
         if self.to_branch_weight is not None:
             weight = self.to_branch_weight(x).unflatten(-1, (self.num_heads, self.head_dim))

@@ -12,7 +12,7 @@ from openvsa.errors import ShapeError
 from openvsa.layout import TileLayout
 from openvsa.ops import block_sparse_attention
 from openvsa.ops.attention import check_qkv
-from openvsa.select import PooledTopK, Selector, pool_mean, pooled_scores
+from openvsa.select import PooledTopK, Selector, pool_mean, pooled_scores, spread
 
 __all__ = ["compressed_attention", "video_sparse_attention"]
 
@@ -79,8 +79,8 @@ def video_sparse_attention(
     compressed = compressed_attention(q_pooled, k_pooled, v_pooled, scale).to(out.dtype)
     text_before, text_after = tiles.start, layout.num_blocks - tiles.stop
     compressed = torch.nn.functional.pad(compressed, (0, 0, 0, 0, text_before, text_after))
-    compressed = compressed.index_select(1, layout.blocks.block_of_token(out.device))
-    return layout.unpermute(out + layout.permute(branch_weight) * compressed)
+    compressed = layout.permute(branch_weight) * spread(compressed, layout.blocks)
+    return layout.unpermute((out + compressed).to(out.dtype))
 
 
 def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, scale: float) -> Tensor:
@@ -88,4 +88,5 @@ def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, s
     [B, N, H, Dv], in the dtype of the means. Tiles count alike, however many tokens they hold (VSA, section 2.2)."""
     p = pooled_scores(q_pooled, k_pooled, scale).softmax(-1)
     v_pooled = v_pooled.repeat_interleave(q_pooled.shape[2] // v_pooled.shape[2], dim=2)
-    return torch.einsum("bhqn,bnhd->bqhd", p, v_pooled)
+    with torch.autocast(p.device.type, enabled=False):
+        return torch.einsum("bhqn,bnhd->bqhd", p, v_pooled)

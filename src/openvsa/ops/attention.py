@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from openvsa.errors import PlanError, ShapeError
@@ -63,7 +64,10 @@ def block_sparse_attention(
     check_qkv(q, k, v)
     _check_plan(q, k, plan)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    out, lse = choose(Problem.of(q, k, v, plan), backend).run(q, k, v, plan, scale)
+    run = choose(Problem.of(q, k, v, plan), backend).run
+    # Backends choose their precision themselves: autocast would round their fp32 intermediates.
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = run(q, k, v, plan, scale)
     return (out, lse) if return_lse else out
 
 

@@ -82,7 +82,9 @@ def _attention_backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = PlanTensors(q_offsets, kv_offsets, kv_num_blocks, kv_indices, q_starts, q_indices, max_q_block, max_kv_block)
-    return _kernel(kernel).backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
+    # A backward pass may be started inside an autocast region.
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernel(kernel).backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
 
 
 @_attention_backward.register_fake

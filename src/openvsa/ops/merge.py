@@ -26,8 +26,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if not parts:
         raise ShapeError("merge needs at least one (out, lse) pair, got none")
     for out, lse in parts:
-        batch, seq, heads, _ = parts[0][0].shape
-        if out.shape != parts[0][0].shape or lse.shape != (batch, heads, seq):
+        alike = out.dim() == 4 and out.shape == parts[0][0].shape
+        if not alike or lse.shape != (out.shape[0], out.shape[2], out.shape[1]):
             raise ShapeError(
                 f"merge needs outs of one shape [B, S, H, D] and lses [B, H, S], got {tuple(out.shape)} and "
                 f"{tuple(lse.shape)} beside {tuple(parts[0][0].shape)} and {tuple(parts[0][1].shape)}"

@@ -67,6 +67,9 @@ class BlockPlan:
                 f"kv_num_blocks and kv_indices must be int32 on one device, got {counts.dtype} on {counts.device} "
                 f"and {indices.dtype} on {indices.device}; convert them with .int()"
             )
+        # Kernels walk the lists by pointer.
+        object.__setattr__(self, "kv_num_blocks", counts.contiguous())
+        object.__setattr__(self, "kv_indices", indices.contiguous())
         if counts.device.type == "cpu" and not torch.compiler.is_compiling():
             self.validate()
 
@@ -124,7 +127,8 @@ class BlockPlan:
             PlanError: shapes do not match, or (on the CPU) a row is malformed.
         """
         q_blocks, kv_blocks = BlockOffsets.of(q_offsets), BlockOffsets.of(kv_offsets)
-        if starts.dim() != 3 or starts.shape[-1] != q_blocks.num_blocks + 1 or indices.dim() != 3:
+        alike = starts.dim() == indices.dim() == 3 and starts.shape[:2] == indices.shape[:2]
+        if not alike or starts.shape[-1] != q_blocks.num_blocks + 1:
             raise PlanError(
                 f"starts must be [B|1, H|1, {q_blocks.num_blocks + 1}] and indices [B|1, H|1, L], got shapes "
                 f"{tuple(starts.shape)} and {tuple(indices.shape)}"

@@ -7,7 +7,6 @@ device unless its result is a host value.
 from __future__ import annotations
 
 import os
-import tempfile
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,14 +158,12 @@ def save_lists(
         "kv_offsets": kv_blocks.on(cpu).clone(),
     }
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        safetensors.save_file(tensors, temporary, metadata={"format": FILE_FORMAT})
+        temporary.write_bytes(safetensors.save(tensors, metadata={"format": FILE_FORMAT}))
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_lists(path: str | PathLike[str]) -> tuple[Tensor, Tensor, BlockOffsets, BlockOffsets]:

@@ -48,7 +48,7 @@ def rank(scores: Tensor, budget: Budget, forced: Tensor | None = None) -> tuple[
 
     keys = _ordered_keys(scores if forced is None else scores.masked_fill(forced, float("inf")), column)
     best = keys.topk(width, dim=-1).indices
-    if budget.top_p is None:
+    if budget.top_p in (None, 1):
         counts = torch.full(scores.shape[:-1], width, dtype=torch.int32, device=scores.device)
         return counts, best.sort(dim=-1).values.int()
 

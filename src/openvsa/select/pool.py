@@ -1,6 +1,8 @@
-"""One summary vector per block."""
+"""From tokens to one summary vector per block, and back."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from openvsa.errors import ShapeError
 from openvsa.layout import BlockOffsets
 
-__all__ = ["pool_mean"]
+__all__ = ["pool_mean", "spread"]
 
 
 def pool_mean(x: Tensor, blocks: BlockOffsets) -> Tensor:
@@ -26,8 +28,51 @@ def pool_mean(x: Tensor, blocks: BlockOffsets) -> Tensor:
     size = blocks.uniform_len
     if size is not None and blocks.num_tokens % size == 0:
         return x.unflatten(1, (blocks.num_blocks, size)).mean(2)
-    lens = blocks.lens_on(x.device)[:, None]
-    filled = torch.arange(blocks.max_len, device=x.device) < lens
-    slots = x.index_select(1, blocks.padded_slots(x.device).flatten())
-    slots = slots.unflatten(1, (blocks.num_blocks, blocks.max_len))
-    return torch.where(filled[..., None, None], slots, 0.0).sum(2) / lens[..., None]
+    return _BlockSum.apply(x, *_tables(blocks, x.device)) / blocks.lens_on(x.device)[:, None, None]
+
+
+def spread(x: Tensor, blocks: BlockOffsets) -> Tensor:
+    """Each block's row to all of its tokens: x [B, N, H, D] to [B, S, H, D] in block order. Differentiable,
+    deterministic.
+
+    Raises:
+        ShapeError: x does not have a row for each of `blocks`.
+    """
+    if x.dim() != 4 or x.shape[1] != blocks.num_blocks:
+        raise ShapeError(f"x must be [B, {blocks.num_blocks}, H, D] for {blocks}, got shape {tuple(x.shape)}")
+    return _Spread.apply(x, *_tables(blocks, x.device))
+
+
+def _tables(blocks: BlockOffsets, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return blocks.padded_slots(device), blocks.lens_on(device), blocks.block_of_token(device)
+
+
+# The two are each other's gradient. Autograd's own would be scatter-adds, whose order on a GPU is not fixed.
+class _BlockSum(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, slots: Tensor, lens: Tensor, block_of_token: Tensor) -> Tensor:
+        filled = torch.arange(slots.shape[1], device=x.device) < lens[:, None]
+        found = x.index_select(1, slots.flatten()).unflatten(1, slots.shape)
+        return torch.where(filled[..., None, None], found, 0.0).sum(2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Spread.apply(grads[0], *ctx.saved_tensors), None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, slots: Tensor, lens: Tensor, block_of_token: Tensor) -> Tensor:
+        return x.index_select(1, block_of_token)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _BlockSum.apply(grads[0], *ctx.saved_tensors), None, None, None

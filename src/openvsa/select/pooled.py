@@ -17,10 +17,12 @@ __all__ = ["PooledTopK", "pooled_scores"]
 
 
 def pooled_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
-    """Scores between blocks, [B, H, NQ, NK], from block means q_pooled [B, NQ, H, D] and k_pooled [B, NK, Hkv, D]."""
+    """Scores between blocks, [B, H, NQ, NK], from block means q_pooled [B, NQ, H, D] and k_pooled [B, NK, Hkv, D],
+    in their dtype also under autocast."""
     groups = q_pooled.shape[2] // k_pooled.shape[2]
     q_pooled = q_pooled.unflatten(2, (k_pooled.shape[2], groups))
-    return torch.einsum("bqkgd,bnkd->bkgqn", q_pooled, k_pooled).flatten(1, 2) * scale
+    with torch.autocast(q_pooled.device.type, enabled=False):
+        return torch.einsum("bqkgd,bnkd->bkgqn", q_pooled, k_pooled).flatten(1, 2) * scale
 
 
 @dataclass(frozen=True)

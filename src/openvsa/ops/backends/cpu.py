@@ -7,7 +7,10 @@ the sequence (unless a single row is longer than it). Arithmetic is in fp32, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -17,37 +20,42 @@ from openvsa.ops.plan_tensors import PlanTensors
 
 __all__ = ["backward", "forward"]
 
-# Scores per chunk and thread: with its gathered keys and values a chunk then stays within a core's share of cache.
-CHUNK_SCORES = 1 << 19
+# Scores per chunk: with its gathered keys or values a chunk then stays within a core's share of cache.
+CHUNK_SCORES = 1 << 18
+
+# torch's number of threads is one for the whole process.
+_THREADS = threading.Lock()
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) -> tuple[Tensor, Tensor]:
     """out [B, Sq, H, Dv] in the dtype of q and lse [B, H, Sq] in that of the arithmetic, for q [B, Sq, H, D],
     k [B, Skv, Hkv, D] and v [B, Skv, Hkv, Dv]."""
     batch, q_len, heads, _ = q.shape
-    groups = heads // k.shape[2]
+    kv_heads = k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_slots, kv_slots = _Slots.of(plan.q_offsets, plan.max_q_block), _Slots.of(plan.kv_offsets, plan.max_kv_block)
     out = q.new_zeros(batch, q_len, heads, v.shape[-1])
     lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=dtype)
-    for b in range(batch):
-        for kv_head in range(k.shape[2]):
-            k_blocks = kv_slots.pad(k[b, :, kv_head].to(dtype))
-            v_blocks = kv_slots.pad(v[b, :, kv_head].to(dtype))
-            for head in range(kv_head * groups, (kv_head + 1) * groups):
-                q_blocks = q_slots.pad(q[b, :, head].to(dtype) * scale)
-                out_blocks = q_blocks.new_zeros(*q_blocks.shape[:2], v.shape[-1])
-                lse_blocks = q_blocks.new_full(q_blocks.shape[:2], float("-inf"))
-                for chunk in _chunks(plan, kv_slots, b, head):
-                    p = torch.bmm(q_blocks[chunk.rows], chunk.gather(k_blocks).transpose(1, 2))
-                    chunk.mask(p)
-                    top = p.amax(-1)
-                    torch.softmax(p, -1, out=p)
-                    # The largest probability is exp(top - lse).
-                    lse_blocks[chunk.rows] = top - p.amax(-1).log()
-                    out_blocks[chunk.rows] = torch.bmm(p, chunk.gather(v_blocks))
-                out[b, :, head] = q_slots.unpad(out_blocks)
-                lse[b, head] = q_slots.unpad(lse_blocks)
+
+    def attend(b: int, kv_head: int, group: range) -> None:
+        room = _Room(dtype)
+        k_blocks = kv_slots.pad(k[b, :, kv_head].to(dtype))
+        v_blocks = kv_slots.pad(v[b, :, kv_head].to(dtype))
+        for head in group:
+            q_blocks = q_slots.pad(q[b, :, head].to(dtype) * scale)
+            out_blocks = q_blocks.new_zeros(*q_blocks.shape[:2], v.shape[-1])
+            lse_blocks = q_blocks.new_full(q_blocks.shape[:2], float("-inf"))
+            for chunk in _chunks(plan, kv_slots, b, head):
+                p = chunk.scores(q_blocks[chunk.rows], k_blocks, room)
+                top = p.amax(-1)
+                torch.softmax(p, -1, out=p)
+                # The largest probability is exp(top - lse).
+                lse_blocks[chunk.rows] = top - p.amax(-1).log()
+                out_blocks[chunk.rows] = torch.bmm(p, chunk.gather(v_blocks, room))
+            out[b, :, head] = q_slots.unpad(out_blocks)
+            lse[b, head] = q_slots.unpad(lse_blocks)
+
+    _for_each_kv_head(batch, kv_heads, heads // kv_heads, attend)
     return out, lse
 
 
@@ -64,38 +72,68 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv for the gradients do [B, Sq, H, Dv] of out and dlse [B, H, Sq] of lse."""
     batch, _, heads, _ = q.shape
-    groups = heads // k.shape[2]
+    kv_heads = k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_slots, kv_slots = _Slots.of(plan.q_offsets, plan.max_q_block), _Slots.of(plan.kv_offsets, plan.max_kv_block)
-    dq, dk, dv = torch.zeros_like(q, memory_format=torch.contiguous_format), k.new_empty(k.shape), v.new_empty(v.shape)
-    for b in range(batch):
-        for kv_head in range(k.shape[2]):
-            k_blocks = kv_slots.pad(k[b, :, kv_head].to(dtype))
-            v_blocks = kv_slots.pad(v[b, :, kv_head].to(dtype))
-            dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
-            for head in range(kv_head * groups, (kv_head + 1) * groups):
-                do_head = do[b, :, head].to(dtype)
-                q_blocks = q_slots.pad(q[b, :, head].to(dtype) * scale)
-                do_blocks = q_slots.pad(do_head)
-                # d lse/d s = p, so its gradient joins the row term of the softmax's.
-                delta = (do_head * out[b, :, head]).sum(-1) - dlse[b, head]
-                lse_blocks, delta_blocks = q_slots.pad(lse[b, head].to(dtype)), q_slots.pad(delta)
-                dq_blocks = torch.zeros_like(q_blocks)
-                for chunk in _chunks(plan, kv_slots, b, head):
-                    q_rows, do_rows = q_blocks[chunk.rows], do_blocks[chunk.rows]
-                    keys, values = chunk.gather(k_blocks), chunk.gather(v_blocks)
-                    p = torch.bmm(q_rows, keys.transpose(1, 2))
-                    chunk.mask(p)
-                    p.sub_(lse_blocks[chunk.rows].unsqueeze(-1)).exp_()
-                    chunk.scatter_add(dv_blocks, torch.bmm(p.transpose(1, 2), do_rows))
-                    ds = torch.bmm(do_rows, values.transpose(1, 2))
-                    ds.sub_(delta_blocks[chunk.rows].unsqueeze(-1)).mul_(p)
-                    dq_blocks[chunk.rows] = torch.bmm(ds, keys)
-                    chunk.scatter_add(dk_blocks, torch.bmm(ds.transpose(1, 2), q_rows))
-                dq[b, :, head] = q_slots.unpad(dq_blocks) * scale
-            dk[b, :, kv_head] = kv_slots.unpad(dk_blocks)
-            dv[b, :, kv_head] = kv_slots.unpad(dv_blocks)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+
+    def differentiate(b: int, kv_head: int, group: range) -> None:
+        room = _Room(dtype)
+        k_blocks = kv_slots.pad(k[b, :, kv_head].to(dtype))
+        v_blocks = kv_slots.pad(v[b, :, kv_head].to(dtype))
+        dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+        for head in group:
+            do_head = do[b, :, head].to(dtype).contiguous()
+            q_blocks = q_slots.pad(q[b, :, head].to(dtype) * scale)
+            do_blocks = q_slots.pad(do_head)
+            # d lse/d s = p, so its gradient joins the row term of the softmax's.
+            delta = (do_head * out[b, :, head]).sum(-1) - dlse[b, head]
+            lse_blocks, delta_blocks = q_slots.pad(lse[b, head].to(dtype)), q_slots.pad(delta)
+            dq_blocks = torch.zeros_like(q_blocks)
+            for chunk in _chunks(plan, kv_slots, b, head):
+                q_rows, do_rows = q_blocks[chunk.rows], do_blocks[chunk.rows]
+                p = chunk.scores(q_rows, k_blocks, room)
+                p.sub_(lse_blocks[chunk.rows].unsqueeze(-1)).exp_()
+                chunk.scatter_add(dv_blocks, room.bmm("gradients", p.transpose(1, 2), do_rows))
+                values = chunk.gather(v_blocks, room)
+                ds = room.bmm("ds", do_rows, values.transpose(1, 2))
+                ds.sub_(delta_blocks[chunk.rows].unsqueeze(-1)).mul_(p)
+                dq_blocks[chunk.rows] = torch.bmm(ds, chunk.gather(k_blocks, room))
+                chunk.scatter_add(dk_blocks, room.bmm("gradients", ds.transpose(1, 2), q_rows))
+            dq[b, :, head] = q_slots.unpad(dq_blocks) * scale
+        dk[b, :, kv_head] = kv_slots.unpad(dk_blocks)
+        dv[b, :, kv_head] = kv_slots.unpad(dv_blocks)
+
+    _for_each_kv_head(batch, kv_heads, heads // kv_heads, differentiate)
     return dq, dk, dv
+
+
+def _for_each_kv_head(batch: int, kv_heads: int, groups: int, work: Callable[[int, int, range], None]) -> None:
+    """Call work(b, kv_head, its query heads) for all of them, in as many threads as torch may use.
+
+    Threads that each take a whole head wait for nobody, where splitting every small product over all cores would
+    have them meet thousands of times.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, batch * kv_heads)
+    tasks = [(b, h, range(h * groups, (h + 1) * groups)) for b in range(batch) for h in range(kv_heads)]
+    if workers == 1:
+        for task in tasks:
+            work(*task)
+        return
+
+    def run(task: tuple[int, int, range]) -> None:
+        with torch.no_grad():
+            work(*task)
+
+    with _THREADS:
+        torch.set_num_threads(threads // workers)
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                for done in [pool.submit(run, task) for task in tasks]:
+                    done.result()
+        finally:
+            torch.set_num_threads(threads)
 
 
 class _Slots(NamedTuple):
@@ -137,19 +175,42 @@ class _Chunk(NamedTuple):
     picks: Tensor
     hidden: Tensor | None
 
-    def gather(self, blocks: Tensor) -> Tensor:
-        """[NK, width, D] to [n, K * width, D]."""
-        found = blocks.flatten(1).index_select(0, self.picks.flatten())
+    def gather(self, blocks: Tensor, room: _Room) -> Tensor:
+        """[NK, width, D] to [n, K * width, D], in room that the next gather takes again."""
+        found = room.take("gathered", self.picks.numel(), blocks.shape[1] * blocks.shape[2])
+        torch.index_select(blocks.flatten(1), 0, self.picks.flatten(), out=found)
         return found.view(self.rows.numel(), -1, blocks.shape[-1])
+
+    def scores(self, q_rows: Tensor, k_blocks: Tensor, room: _Room) -> Tensor:
+        """q_rows [n, M, D] times the gathered keys: [n, M, K * width], -inf in columns that hold no planned token."""
+        p = room.bmm("scores", q_rows, self.gather(k_blocks, room).transpose(1, 2))
+        if self.hidden is not None:
+            p.masked_fill_(self.hidden[:, None, :], float("-inf"))
+        return p
 
     def scatter_add(self, blocks: Tensor, x: Tensor) -> None:
         """Add [n, K * width, D] back into [NK, width, D]."""
         blocks.flatten(1).index_add_(0, self.picks.flatten(), x.view(self.picks.numel(), -1))
 
-    def mask(self, scores: Tensor) -> None:
-        """Hide the columns that hold no planned token."""
-        if self.hidden is not None:
-            scores.masked_fill_(self.hidden[:, None, :], float("-inf"))
+
+class _Room:
+    """Memory for a chunk's large operands, taken again by every chunk so that it stays in cache."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor of this shape, with the values its last use left there."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = self._held[name] = torch.empty(size, dtype=self.dtype)
+        return held[:size].view(shape)
+
+    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """a [n, M, K] @ b [n, K, N]."""
+        return torch.bmm(a, b, out=self.take(name, a.shape[0], a.shape[1], b.shape[2]))
 
 
 def _chunks(plan: PlanTensors, kv_slots: _Slots, b: int, head: int) -> Iterator[_Chunk]:
@@ -159,7 +220,7 @@ def _chunks(plan: PlanTensors, kv_slots: _Slots, b: int, head: int) -> Iterator[
     counts, order = counts.sort(stable=True)
     order = order[int((counts == 0).sum()) :]
     counts = counts[counts.numel() - order.numel() :].tolist()
-    budget = CHUNK_SCORES * torch.get_num_threads()
+    budget = CHUNK_SCORES * torch.get_num_threads()  # of this thread
     start = 0
     while start < len(counts):
         stop = start + 1
@@ -170,7 +231,8 @@ def _chunks(plan: PlanTensors, kv_slots: _Slots, b: int, head: int) -> Iterator[
         hidden = None
         if counts[start] < longest:
             past = torch.arange(longest) >= torch.tensor(counts[start:stop])[:, None]
-            picks = picks.masked_fill(past, 0)
+            # Filled up with what the row reads anyway: 0 times the NaN of an unread block would be NaN.
+            picks = torch.where(past, picks[:, :1], picks)
             hidden = past[..., None].expand(-1, -1, kv_slots.width)
         if kv_slots.tokens is not None:
             beyond = torch.arange(kv_slots.width) >= kv_slots.lens[picks][..., None]

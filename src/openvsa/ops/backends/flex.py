@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from openvsa.plan import BlockPlan
 
@@ -15,21 +16,26 @@ __all__ = ["attention"]
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
     """out [B, Sq, H, D] and lse fp32 [B, H, Sq] through `flex_attention`, compiled on first use."""
-    block_mask = plan.to_flex_block_mask()
-    out, aux = _compiled()(
+    # Inside a compiled caller it becomes part of that graph.
+    attend = flex_attention if torch.compiler.is_compiling() else _attend
+    out, lse = attend(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        block_mask=block_mask,
+        block_mask=plan.to_flex_block_mask(),
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
         return_lse=True,
     )
-    return out.transpose(1, 2), aux.float()
+    return out.transpose(1, 2), lse.float()
+
+
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    # Each dtype, head size and block size is compiled for itself. Past Dynamo's limit of 8 it would run dense, eagerly.
+    with torch._dynamo.config.patch(recompile_limit=256):
+        return _compiled()(*args, **kwargs)
 
 
 @cache
 def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)

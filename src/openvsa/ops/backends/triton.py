@@ -13,6 +13,9 @@ by a bias of -inf on their scores.
 
 Scores are kept in units of log2 inside the kernels (exp2 is the native instruction); lse leaves in natural log.
 The scale multiplies the fp32 product: folding it into bf16 keys would round it.
+
+Numbers that change from call to call (blocks, list width, tokens) are not specialised on, so that a new density or
+length compiles nothing again.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ def _block(offsets, index):
     return start, tl.load(offsets + index + 1) - start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_q_blocks", "list_width", "seq_q"])
 def _forward_kernel(
     q, k, v, out, lse,
     q_strides, k_strides, v_strides, out_strides,
@@ -128,7 +131,7 @@ def _forward_kernel(
     tl.store(lse_head + q_start + q_rows, (row_max + tl.log2(row_sum)) * LN_2, mask=q_rows < q_length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_q_blocks", "list_width", "seq_q"])
 def _dq_kernel(
     q, k, v, out, do, dq, lse, dlse, delta,
     q_strides, k_strides, v_strides, out_strides, do_strides, dq_strides,
@@ -174,7 +177,7 @@ def _dq_kernel(
     _store(dq, dq_strides, batch, head, q_start, q_length, q_rows, acc * scale, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kv_blocks", "list_width", "seq_q"])
 def _dkv_kernel(
     q, k, v, do, dk, dv, lse, delta,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
@@ -232,9 +235,8 @@ class _Launch:
 
 # By kernel, then by (bytes per element, head_dim rounded up to a power of two, at least 64).
 # Two bytes: 64 x 64 is what one group of four warps multiplies in one Hopper instruction; larger tiles were no faster
-# and spill. Four bytes: exact fp32 products run outside the tensor cores and live in registers, hence small tiles.
-# All were chosen so that shared memory stays below 99 KiB on sm_86, sm_89 and sm_120 and that at most some 300 bytes
-# of registers spill anywhere, none with two bytes.
+# on an H100. Four bytes: exact fp32 products run outside the tensor cores and live in registers, hence small tiles.
+# Shared memory stays below 99 KiB on sm_86, sm_89 and sm_120, and registers spill nowhere or by some 300 bytes.
 _LAUNCHES = {
     "forward": {
         (2, 64): _Launch(64, 64, 4, 3),
@@ -246,7 +248,7 @@ _LAUNCHES = {
     },
     "dq": {
         (2, 64): _Launch(64, 64, 4, 3),
-        (2, 128): _Launch(64, 64, 4, 3),
+        (2, 128): _Launch(64, 64, 4, 2),
         (2, 256): _Launch(64, 32, 4, 1),
         (4, 64): _Launch(32, 32, 4, 2),
         (4, 128): _Launch(32, 32, 8, 1),
@@ -280,7 +282,7 @@ def _options(kernel: str, q: Tensor, k: Tensor, plan: PlanTensors) -> dict[str, 
         "KV_PIECES": triton.cdiv(plan.max_kv_block, block_n),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,  # scale and bias of a score are one instruction with it; Triton 3.10 drops the default
+        "enable_fp_fusion": True,  # makes scale and bias of a score one instruction; off by default from Triton 3.10
     }
 
 

@@ -1,0 +1,83 @@
+"""The commands and their options. Each does its work elsewhere; this module is imported only when one is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openvsa.cli import plain_errors
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Block-sparse attention for video diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
+
+
+@app.command()
+@plain_errors()
+def generate(
+    scene: Annotated[str | None, typer.Option(help="Scene to continue, by name; see --list-scenes.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture of your own to continue instead of a scene.")] = None,
+    density: Annotated[float, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1].")] = 0.25,
+    seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 16,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the videos and the page.")] = Path("demo"),
+    list_scenes: Annotated[bool, typer.Option("--list-scenes", help="Print the scenes and stop.")] = False,
+) -> None:
+    """Make a clip with dense and with sparse attention, and a page that compares them."""
+    from openvsa.cli.generate import print_scenes, run_generate
+
+    if list_scenes:
+        print_scenes()
+        return
+    run_generate(scene=scene, image=image, density=density, seed=seed, steps=steps, device=device, out=out)
+
+
+@app.command()
+@plain_errors()
+def train(
+    preset: Annotated[
+        str, typer.Option(help="Recipe: miniature runs on a CPU, bundled made the bundled model.")
+    ] = "miniature",
+    film: Annotated[Path | None, typer.Option(help="Copy of the film; by default it is downloaded with pip.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="How long to train; by default the recipe says.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The same in steps; give one of the two.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state of the run in.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the model and its loss curve.")] = Path("runs/train"),
+) -> None:
+    """Train the small video model, with sparse attention on."""
+    from openvsa.errors import require
+
+    require("diffusers", extra="train")
+    from openvsa.train import preset as recipe
+    from openvsa.train import run
+
+    length = {name: value for name, value in {"minutes": minutes, "steps": steps}.items() if value is not None}
+    result = run(recipe(preset, film=film, checkpoint=checkpoint, resume=resume, device=device, out=out, **length))
+    for density, loss in result.last["held_out"].items():
+        typer.echo(
+            f"loss on held-out shots at density {density}: {result.first['held_out'][density]:.4f} -> {loss:.4f}"
+        )
+    typer.echo(f"{result.steps} steps in {result.seconds / 60:.1f} minutes; the model is in {result.out}")
+
+
+@app.command()
+@plain_errors()
+def doctor() -> None:
+    """Say what can run on this machine, and what cannot and why."""
+    from rich.console import Console
+
+    from openvsa.cli.doctor import examine
+
+    examine(Console())

@@ -1,0 +1,125 @@
+"""Everything known about one dense and one sparse generation of the same clip."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from openvsa.evaluate.quality import Quality
+from openvsa.evaluate.recorder import AttentionRecord
+
+__all__ = ["Comparison", "Figures", "LayerFigures", "PassTime", "Settings", "finite_or_none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the clips were made. `density` is the one asked for; `credit` names the source of the scene."""
+
+    scene: str
+    seed: int
+    steps: int
+    density: float
+    fps: float
+    device: str
+    threads: int
+    command: str
+    versions: Mapping[str, str]
+    credit: str
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Wall time of one generation in seconds, and the part of it spent in self-attention."""
+
+    total_seconds: float
+    attention_seconds: float
+
+    @property
+    def rest_seconds(self) -> float:
+        return self.total_seconds - self.attention_seconds
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """One attention layer: delivered density, and seconds summed over all steps of each generation."""
+
+    layer: int
+    name: str
+    density: float
+    dense_seconds: float
+    sparse_seconds: float
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_seconds / self.sparse_seconds
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All numbers of a comparison; what `report.json` holds."""
+
+    settings: Settings
+    dense: PassTime
+    sparse: PassTime
+    layers: tuple[LayerFigures, ...]
+    quality: Quality
+
+    @property
+    def speedup(self) -> float:
+        """Wall time of the dense generation over that of the sparse one."""
+        return self.dense.total_seconds / self.sparse.total_seconds
+
+    @property
+    def attention_speedup(self) -> float:
+        """The same for self-attention alone."""
+        return self.dense.attention_seconds / self.sparse.attention_seconds
+
+    @property
+    def density(self) -> float:
+        """Delivered density, mean over layers."""
+        return sum(layer.density for layer in self.layers) / len(self.layers)
+
+    def to_json(self) -> str:
+        """Strict JSON: a PSNR that is infinite is written as null. The derived figures are included for readers."""
+        content = asdict(self)
+        content["quality"]["psnr"] = [finite_or_none(value) for value in self.quality.psnr]
+        content["derived"] = {
+            "speedup": self.speedup,
+            "attention_speedup": self.attention_speedup,
+            "density": self.density,
+            "mean_psnr": finite_or_none(self.quality.mean_psnr),
+            "mean_ssim": self.quality.mean_ssim,
+        }
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Figures:
+        """The inverse of `to_json`."""
+        content = json.loads(text)
+        psnr = (math.inf if value is None else value for value in content["quality"]["psnr"])
+        return cls(
+            settings=Settings(**content["settings"]),
+            dense=PassTime(**content["dense"]),
+            sparse=PassTime(**content["sparse"]),
+            layers=tuple(LayerFigures(**layer) for layer in content["layers"]),
+            quality=Quality(tuple(psnr), tuple(content["quality"]["ssim"])),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The figures, both clips (uint8 [frames, height, width, 3]) and where the sparse attention looked."""
+
+    figures: Figures
+    dense_clip: Tensor
+    sparse_clip: Tensor
+    attention: AttentionRecord | None
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None

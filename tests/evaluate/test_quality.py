@@ -1,0 +1,68 @@
+"""PSNR and SSIM against values by hand and an independent implementation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from openvsa.errors import ShapeError
+from openvsa.evaluate.quality import Quality, compare_clips
+
+MakeClip = Callable[..., Tensor]
+
+
+def test_psnr_of_a_constant_error_by_hand() -> None:
+    reference = torch.full((2, 16, 16, 3), 100, dtype=torch.uint8)
+    clip = reference.clone()
+    clip[0] += 1
+    clip[1] += 10
+    # 20 log10(255 / error)
+    assert compare_clips(clip, reference).psnr == pytest.approx((48.1308, 28.1308), abs=1e-4)
+
+
+def test_ssim_of_two_constants_by_hand() -> None:
+    reference = torch.full((1, 16, 16, 3), 51, dtype=torch.uint8)
+    clip = torch.full((1, 16, 16, 3), 102, dtype=torch.uint8)
+    # Without variance SSIM is (2 x y + c1) / (x^2 + y^2 + c1) with x = 0.2, y = 0.4 and c1 = 0.01^2.
+    assert compare_clips(clip, reference).ssim[0] == pytest.approx(0.1601 / 0.2001, abs=1e-4)
+
+
+def test_both_agree_with_torchmetrics(make_clip: MakeClip) -> None:
+    reference = make_clip(3, 40, 56)
+    noise = torch.randint(-40, 40, reference.shape, generator=torch.Generator().manual_seed(0))
+    clip = (reference.int() + noise).clamp(0, 255).to(torch.uint8)
+    quality = compare_clips(clip, reference)
+    x, y = (c.movedim(-1, 1).float() / 255 for c in (clip, reference))
+    psnr = [peak_signal_noise_ratio(a[None], b[None], data_range=1.0).item() for a, b in zip(x, y, strict=True)]
+    assert quality.psnr == pytest.approx(psnr, abs=1e-3)
+    # torchmetrics also counts windows that stick out of the image, over mirrored pixels; the paper does not.
+    _, full = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none", return_full_image=True)
+    inside = full[..., 5:-5, 5:-5].flatten(1).mean(1)
+    assert quality.ssim == pytest.approx(inside.tolist(), abs=1e-4)
+
+
+def test_identical_frames_do_not_flatter_the_mean() -> None:
+    quality = Quality(psnr=(math.inf, 30.0, 20.0), ssim=(1.0, 0.8, 0.6))
+    assert quality.mean_psnr == 25.0
+    assert quality.mean_ssim == pytest.approx(0.7)
+
+
+def test_identical_clips(make_clip: MakeClip) -> None:
+    clip = make_clip(2, 16, 16)
+    quality = compare_clips(clip, clip.clone())
+    assert quality.psnr == (math.inf, math.inf)
+    assert quality.mean_psnr == math.inf
+    assert quality.ssim == pytest.approx((1.0, 1.0))
+    assert quality.mean_ssim == 1.0
+
+
+def test_shapes_must_match_and_hold_a_window(make_clip: MakeClip) -> None:
+    with pytest.raises(ShapeError, match=r"\[2, 16, 16, 3\] and \[2, 16, 18, 3\]"):
+        compare_clips(make_clip(2, 16, 16), make_clip(2, 16, 18))
+    with pytest.raises(ShapeError, match=r"at least 11 x 11 pixels, got \[10, 16\]"):
+        compare_clips(make_clip(1, 10, 16), make_clip(1, 10, 16))

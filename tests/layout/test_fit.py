@@ -1,0 +1,67 @@
+"""The best tile for a lattice."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import LATTICES
+from openvsa import ShapeError, TileLayout
+
+grids = st.one_of(
+    st.tuples(st.integers(1, 300)),
+    st.tuples(*[st.integers(1, 60)] * 2),
+    st.tuples(*[st.integers(1, 30)] * 3),
+)
+
+
+@given(grids, st.integers(1, 128))
+def test_tiles_obey_max_block(grid: tuple[int, ...], max_block: int) -> None:
+    layout = TileLayout.fit(grid, max_block)
+    assert max(layout.block_lens) <= math.prod(layout.tile) <= max_block
+    assert layout.num_tokens == math.prod(grid)
+
+
+@given(st.tuples(*[st.integers(1, 40)] * 3))
+def test_never_more_blocks_than_the_cube(grid: tuple[int, int, int]) -> None:
+    assert TileLayout.fit(grid).num_blocks <= TileLayout(grid, (4, 4, 4)).num_blocks
+
+
+@given(st.tuples(*[st.integers(1, 12)] * 2), st.integers(1, 40))
+def test_no_admissible_tile_has_fewer_blocks(grid: tuple[int, int], max_block: int) -> None:
+    def admissible(tile: tuple[int, int]) -> bool:
+        inner = [t for t, g in zip(tile, grid, strict=True) if t < g]
+        return math.prod(tile) <= max_block and (not inner or max(tile) <= 4 * min(inner))
+
+    tiles = [tile for tile in product(*(range(1, g + 1) for g in grid)) if admissible(tile)]
+    fewest = min(math.prod(-(-g // t) for g, t in zip(grid, tile, strict=True)) for tile in tiles)
+    assert TileLayout.fit(grid, max_block).num_blocks == fewest
+
+
+@pytest.mark.parametrize("grid", LATTICES)
+def test_real_lattices_gain(grid: tuple[int, ...]) -> None:
+    fitted, cube = TileLayout.fit(grid), TileLayout(grid, (4, 4, 4))
+    assert fitted.num_blocks <= cube.num_blocks
+    if grid == (21, 30, 52):
+        assert fitted.num_blocks < cube.num_blocks, "the border tiles of Wan's standard lattice are not filled better"
+
+
+def test_text_is_kept() -> None:
+    layout = TileLayout.fit((4, 4, 4), prefix=3, suffix=2)
+    assert (layout.prefix, layout.suffix, layout.num_tokens) == (3, 2, 69)
+
+
+@pytest.mark.parametrize(
+    ("grid", "max_block", "message"),
+    [
+        ((4, 4), 0, "max_block must be at least 1 token, got 0"),
+        ((4, 0), 64, r"grid must be a tuple of positive integers.*\(4, 0\)"),
+    ],
+)
+def test_nonsense_is_refused(grid: tuple[int, ...], max_block: int, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        TileLayout.fit(grid, max_block)

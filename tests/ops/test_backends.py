@@ -1,0 +1,271 @@
+"""Every backend of the registry against the fp64 oracle: forward, lse and all gradients.
+
+What runs is generated from what the backends declare. A backend that cannot run on this machine at all must say why,
+and must refuse with those reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import DEVICE, Case, equal_lens, expected, lattice_cases, make_inputs, offsets, random_lens, sample
+from openvsa import BlockPlan, UnsupportedError, block_sparse_attention
+from openvsa.ops.capability import Backend
+from openvsa.ops.registry import backends, choose
+from tolerance import FORWARD, GRADIENT, excess
+
+RAGGED = (16, 5, 32, 1)
+BASE = Case("base", RAGGED, RAGGED)
+
+CASES = (
+    *lattice_cases(),
+    replace(BASE, name="short-keys", kv_lens=random_lens(3, 1, 20, seed=2)),
+    replace(BASE, name="long-keys", q_lens=(5, 30), kv_lens=random_lens(9, 1, 32, seed=3)),
+    replace(BASE, name="blocks-of-1-to-128", q_lens=(1, 128, 70, 16), kv_lens=(128, 1, 65, 40)),
+    replace(BASE, name="blocks-of-80", q_lens=equal_lens(200, 80), kv_lens=equal_lens(160, 80)),
+    replace(BASE, name="batch-2", batch=2, plan_batch=2),
+    replace(BASE, name="plan-per-head", batch=2, plan_heads=2),
+    replace(BASE, name="plan-per-batch-and-head", batch=2, plan_batch=2, plan_heads=4, heads=4),
+    replace(BASE, name="gqa-4-to-1", heads=4, kv_heads=1, plan_heads=4, batch=2),
+    replace(BASE, name="gqa-4-to-2", heads=4, kv_heads=2, plan_heads=1),
+    replace(BASE, name="size-4", size=4.0),
+    replace(BASE, name="size-16", size=16.0, heads=4, kv_heads=1),
+    replace(BASE, name="empty-row", empty_row=True, plan_heads=2),
+    replace(BASE, name="nan-tails", poison=True, batch=2),
+    replace(BASE, name="nan-tails-gqa-bhsd", poison=True, strides="bhsd", heads=4, kv_heads=1, empty_row=True),
+    replace(BASE, name="strides-bhsd", strides="bhsd", batch=2),
+    replace(BASE, name="strides-sbhd", strides="sbhd", batch=2),
+    replace(BASE, name="strides-bhds", strides="bhds"),
+    replace(BASE, name="head-dim-16", head_dim=16),
+    replace(BASE, name="head-dim-80", head_dim=80),
+    replace(BASE, name="head-dim-128", head_dim=128),
+    replace(BASE, name="head-dim-256", head_dim=256, heads=1, kv_heads=1),
+    replace(BASE, name="read-everything", share=1.0),
+    # Equal blocks, for backends that need them.
+    replace(BASE, name="equal-32", q_lens=equal_lens(160, 32), kv_lens=equal_lens(160, 32), plan_heads=2),
+    replace(BASE, name="equal-64-short-last", q_lens=equal_lens(200, 64), kv_lens=equal_lens(100, 64), batch=2),
+    replace(BASE, name="equal-128-gqa", q_lens=equal_lens(384, 128), kv_lens=equal_lens(256, 128), heads=4, kv_heads=1),
+    replace(BASE, name="equal-64-empty", q_lens=equal_lens(192, 64), kv_lens=equal_lens(192, 64), empty_row=True),
+    replace(BASE, name="equal-64-nan-tails", q_lens=equal_lens(200, 64), kv_lens=equal_lens(200, 64), poison=True),
+)  # fmt: skip
+
+# Every backend can run this one where it runs at all.
+A_PROBLEM = replace(BASE, q_lens=(32, 32), kv_lens=(32, 32)).problem(torch.float32, needs_grad=False)
+
+
+def runs_here(backend: Backend) -> bool:
+    known = backend.device_types is None or DEVICE.type in backend.device_types
+    return known and not backend.available(DEVICE.type)
+
+
+def affordable(backend: Backend, case: Case) -> bool:
+    """The oracle makes all scores, and Triton's interpreter takes milliseconds for a pair of blocks."""
+    if backend.name == "reference":
+        return case.dense_scores <= 1 << 24
+    if backend.name == "triton" and DEVICE.type == "cpu":
+        pieces = sum(-(-n // 32) for n in case.q_lens) * sum(-(-n // 32) for n in case.kv_lens)
+        return case.batch * case.heads * pieces * case.share <= 250
+    return True
+
+
+def supported(*, needs_grad: bool) -> list[Any]:
+    found = []
+    for case in CASES:
+        for backend in backends():
+            for dtype in backend.dtypes:
+                reasons = backend.unsupported_reasons(case.problem(dtype, needs_grad=needs_grad))
+                if not reasons and affordable(backend, case):
+                    name = f"{backend.name}-{str(dtype).removeprefix('torch.')}-{case.name}"
+                    found.append(pytest.param(case, dtype, backend.name, id=name, marks=marks(backend)))
+    return found
+
+
+def marks(backend: Backend) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.triton] if backend.name == "triton" else []
+
+
+def here() -> list[Any]:
+    return [
+        pytest.param(backend, id=backend.name, marks=marks(backend)) for backend in backends() if runs_here(backend)
+    ]
+
+
+def elsewhere() -> list[Any]:
+    return [pytest.param(b, id=b.name) for b in backends() if not runs_here(b)]
+
+
+@pytest.mark.parametrize(("case", "dtype", "backend"), supported(needs_grad=False))
+def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
+    inputs = make_inputs(case, dtype)
+    _, q_tokens, _ = sample(case, inputs)
+    with torch.no_grad():
+        out, lse = block_sparse_attention(inputs.q, inputs.k, inputs.v, inputs.plan, backend=backend, return_lse=True)
+    assert out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact, naive, terms = expected(case, dtype)
+    assert excess(out[:, q_tokens], naive.out, exact.out, FORWARD) == []
+    assert excess(lse[..., q_tokens], naive.lse, exact.lse, FORWARD, terms.lse) == []
+
+
+@pytest.mark.parametrize(("case", "dtype", "backend"), supported(needs_grad=True))
+def test_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
+    inputs = make_inputs(case, dtype)
+    _, q_tokens, kv_tokens = sample(case, inputs)
+    dq, dk, dv = gradients(inputs, backend)
+    exact, naive, terms = expected(case, dtype)
+    assert excess(dq[:, q_tokens], naive.dq, exact.dq, GRADIENT, terms.dq) == []
+    assert excess(dk[:, kv_tokens], naive.dk, exact.dk, GRADIENT, terms.dk) == []
+    assert excess(dv[:, kv_tokens], naive.dv, exact.dv, GRADIENT, terms.dv) == []
+    for grad, tokens in ((dq, q_tokens), (dk, kv_tokens), (dv, kv_tokens)):
+        assert (grad.index_fill(1, tokens, 0.0) == 0).all(), "a token that nothing sampled touches has a gradient"
+
+
+def gradients(inputs: Any, backend: str) -> tuple[Tensor, ...]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    out, lse = block_sparse_attention(q, k, v, inputs.plan, backend=backend, return_lse=True)
+    return torch.autograd.grad((out, lse), (q, k, v), (inputs.grad_out, inputs.grad_lse))
+
+
+def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", here())
+def test_every_declared_dtype_is_covered(backend: Backend) -> None:
+    for needs_grad in (False, True):
+        covered = [p.values[:2] for p in supported(needs_grad=needs_grad) if p.values[2] == backend.name]
+        for dtype in backend.dtypes:
+            assert len([case for case, covered_dtype in covered if covered_dtype == dtype]) >= 5
+
+
+@pytest.mark.parametrize("backend", elsewhere())
+def test_a_backend_that_cannot_run_here_says_why(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        problem = BASE.problem(dtype, needs_grad=False)
+        reasons = backend.unsupported_reasons(problem)
+        assert reasons
+        with pytest.raises(UnsupportedError) as caught:
+            choose(problem, backend.name)
+        assert caught.value.reasons == {backend.name: tuple(reasons)}
+        assert all(why in str(caught.value) for why in reasons)
+
+
+@pytest.mark.parametrize("backend", [pytest.param(b, id=b.name) for b in backends()])
+def test_beyond_its_limits_a_backend_refuses(backend: Backend) -> None:
+    beyond = [replace(A_PROBLEM, dtype=torch.float8_e4m3fn)]
+    if backend.device_types is not None:
+        beyond.append(replace(A_PROBLEM, device_type="mps"))
+    if backend.head_dim is not None:
+        low, high = backend.head_dim
+        beyond += [replace(A_PROBLEM, head_dim=dim, head_dim_v=dim) for dim in (low - 1, high + 1)]
+    if backend.max_block is not None:
+        too_long = backend.max_block + 1
+        beyond += [replace(A_PROBLEM, max_q_block=too_long), replace(A_PROBLEM, max_kv_block=too_long)]
+    if not backend.head_dim_v_differs:
+        beyond.append(replace(A_PROBLEM, head_dim_v=A_PROBLEM.head_dim + 16))
+    if not backend.ragged:
+        beyond.append(replace(A_PROBLEM, uniform=False))
+    for problem in beyond:
+        with pytest.raises(UnsupportedError, match=f"'{backend.name}' cannot run") as caught:
+            choose(problem, backend.name)
+        added = set(caught.value.reasons[backend.name]) - set(backend.unsupported_reasons(A_PROBLEM))
+        assert added, f"no reason of its own for {problem}"
+
+
+@pytest.mark.parametrize("backend", here())
+def test_same_input_same_bits(backend: Backend) -> None:
+    case = next(c for c in CASES if c.name == "equal-64-short-last")
+    assert same(*(gradients(make_inputs(case, torch.float32), backend.name) for _ in range(2)))
+
+
+@pytest.mark.parametrize("backend", here())
+def test_memory_layout_does_not_matter(backend: Backend) -> None:
+    case = next(c for c in CASES if c.name == "equal-64-short-last")
+    plain = make_inputs(case, torch.float32)
+    for strides, poison in (("bhsd", False), ("sbhd", True), ("bhds", False)):
+        other = replace(case, strides=strides, poison=poison)
+        inputs = make_inputs(other, torch.float32)
+        assert torch.equal(inputs.q, plain.q)
+        assert inputs.q.stride() != plain.q.stride()
+        assert same(gradients(inputs, backend.name), gradients(plain, backend.name))
+
+
+@pytest.mark.parametrize("backend", [p for p in here() if p.id in ("cpu", "triton")])
+def test_nan_in_an_unread_block_does_not_leak(backend: Backend) -> None:
+    """Also into rows that read fewer blocks than others: what fills their lists up must not be read."""
+    lens = (16, 9, 16, 4, 16)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 1, 1, 0, 1], [0, 0, 0, 0, 1]]).bool()
+    plan = BlockPlan.from_block_mask(mask[None, None], offsets(lens), offsets(lens)).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    clean = [torch.randn(1, 61, 1, 16, generator=generator).to(DEVICE) for _ in range(4)]
+    dirty = [x.clone() for x in clean]
+    for x in dirty[1:3]:
+        x[:, :16] = float("nan")
+    results = []
+    for q, k, v, do in (clean, dirty):
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        out, lse = block_sparse_attention(q, k, v, plan, backend=backend.name, return_lse=True)
+        results.append((out, lse, *torch.autograd.grad((out, lse), (q, k, v), (do, lse.detach()))))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("backend", here())
+def test_a_row_that_reads_nothing(backend: Backend) -> None:
+    case = replace(BASE, name="nothing", q_lens=(32, 32), kv_lens=(32,), share=0.0)
+    inputs = make_inputs(case, torch.float32)
+    counts = torch.zeros_like(inputs.plan.kv_num_blocks)
+    plan = BlockPlan(counts, inputs.plan.kv_indices, inputs.plan.q_blocks, inputs.plan.kv_blocks)
+    q, k, v = (x.requires_grad_() for x in inputs[:3])
+    out, lse = block_sparse_attention(q, k, v, plan, backend=backend.name, return_lse=True)
+    assert (out == 0).all()
+    assert (lse == float("-inf")).all()
+    grads = torch.autograd.grad((out, lse), (q, k, v), (inputs.grad_out, inputs.grad_lse))
+    assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", here())
+def test_entries_past_the_count_are_never_read(backend: Backend) -> None:
+    case = next(c for c in CASES if c.name == "equal-32")
+    inputs = make_inputs(case, torch.float32)
+    plan = inputs.plan
+    past = torch.arange(plan.kv_indices.shape[-1], device=DEVICE) >= plan.kv_num_blocks[..., None]
+    assert past.any()
+    garbage = plan.kv_indices.masked_fill(past, 2**30)
+    spoiled = BlockPlan(plan.kv_num_blocks, garbage, plan.q_blocks, plan.kv_blocks)
+    for a, b in zip(
+        gradients(inputs, backend.name), gradients(inputs._replace(plan=spoiled), backend.name), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", here())
+def test_a_plan_with_broadcast_memory(backend: Backend) -> None:
+    """BlockPlan.dense repeats one row without copying it."""
+    case = replace(BASE, name="dense", q_lens=equal_lens(80, 32), kv_lens=equal_lens(96, 32), share=1.0)
+    inputs = make_inputs(case, torch.float32)
+    dense = BlockPlan.dense(inputs.plan.q_blocks, inputs.plan.kv_blocks, DEVICE)
+    assert same(gradients(inputs, backend.name), gradients(inputs._replace(plan=dense), backend.name))
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    able = [backend for backend in backends() if not backend.unsupported_reasons(A_PROBLEM)]
+    assert choose(replace(A_PROBLEM, device_type=DEVICE.type)).name == able[0].name
+
+
+def test_auto_refuses_with_the_reasons_of_all() -> None:
+    problem = replace(A_PROBLEM, dtype=torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedError, match="no backend can run") as caught:
+        choose(problem)
+    assert set(caught.value.reasons) == {backend.name for backend in backends()}
+    assert all(caught.value.reasons.values())
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="no backend 'hopper'; choose 'auto' or one of") as caught:
+        choose(A_PROBLEM, "hopper")
+    assert all(backend.name in str(caught.value) for backend in backends())

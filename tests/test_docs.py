@@ -1,0 +1,138 @@
+"""The documentation does what it says: its Python runs, its commands exist, its generated parts are fresh."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from openvsa.cli.app import app
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    code: str
+    not_run: str | None
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(page, text.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["reason"])
+        for found in FENCE.finditer(text)
+        if found["language"] in languages
+    ]
+
+
+def pages_with(*languages: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, *languages)]
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=page_id)
+def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run in order and share their names, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        # Line numbers of a failure are those of the page.
+        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+        if block.not_run is None:
+            exec(code, names)
+
+
+def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
+    for block in blocks(page, "bash", "sh"):
+        for number, line in enumerate(block.code.splitlines(), block.line):
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
+            if words:
+                yield number, words
+
+
+def complaint(words: list[str]) -> str | None:
+    """Why a command of the documentation cannot be right, or None."""
+    program, *rest = words
+    if program == "openvsa":
+        known = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+        if not rest or rest[0] not in known:
+            return f"no command {rest[:1]}; there are {sorted(known)}"
+        options = {flag for parameter in known[rest[0]].params for flag in parameter.opts} | {"--help"}
+        unknown = [word for word in rest[1:] if word.startswith("-") and word.split("=")[0] not in options]
+        return f"no options {unknown}" if unknown else None
+    if program == "make":
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        unknown = [word for word in rest if "=" not in word and word not in targets]
+        return f"no targets {unknown}" if unknown else None
+    if program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        named = {extra for found in re.findall(r"\[([\w,]+)\]", " ".join(rest)) for extra in found.split(",")}
+        return f"no extras {named - set(extras)}" if named - set(extras) else None
+    if program == "python":
+        return None if rest and (ROOT / rest[0]).is_file() else f"no file {rest[:1]}"
+    return f"unknown program {program!r}"
+
+
+@pytest.mark.parametrize("page", pages_with("bash", "sh"), ids=page_id)
+def test_commands_of_a_page_exist(page: Path) -> None:
+    wrong = [f"line {number}: {why}" for number, words in commands(page) if (why := complaint(words))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "openvsa paint",
+        "openvsa generate --colour red",
+        "make coffee",
+        "pip install 'openvsa[tea]'",
+        "python nowhere.py",
+        "rm x",
+    ],
+)
+def test_a_wrong_command_is_noticed(command: str) -> None:
+    assert complaint(shlex.split(command)) is not None
+
+
+@pytest.mark.parametrize("script", ["doc_tables.py", "doc_figures.py"])
+def test_generated_parts_are_fresh(script: str) -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_pictures_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"!\[[^\]]*\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page_id(page)} shows {target}, which is not there"
+
+
+def test_no_place_is_left_to_fill() -> None:
+    assert [page_id(page) for page in PAGES if "TO FILL" in page.read_text()] == []
