@@ -9,9 +9,10 @@ forgotten fp32 accumulator); the maximum sees one wrong row among a hundred thou
 notice. Both are absolute: entries that cancel to nearly nothing have no meaningful relative error.
 
 "One ulp" is one unit in the last place of the result, in its dtype, plus one of the accumulator (fp32, or fp64 for
-fp64) at the size of `terms`, the quantities that an entry is the difference of. Where those cancel, an ulp of the
-result would be nothing: the score gradients of a row that reads a single token are exactly zero, naive torch happens
-to hit that zero, and no kernel that subtracts two rounded sums can.
+fp64) times `terms`: what the result is the difference of, and how it answers to its scores (see helpers.sensitivity).
+Without them the rule would judge luck. The score gradients of a row that reads one token are exactly zero; naive torch
+happens to hit that zero, and no kernel that subtracts two rounded sums can. And where scores are in the hundreds, an
+fp32 lse has a rounding error that shows in every weight of the row, which naive torch, having no lse, does not know.
 
 For a kernel that computes in fp64 there is nothing finer to compare naive torch with. Its error is then that of fp32,
 in proportion to their ulps: pass the naive result in fp32.

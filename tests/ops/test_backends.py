@@ -47,6 +47,7 @@ CASES = (
     replace(BASE, name="head-dim-256", head_dim=256, heads=1, kv_heads=1),
     replace(BASE, name="read-everything", share=1.0),
     # Equal blocks, for backends that need them.
+    replace(BASE, name="equal-16-short-last", q_lens=equal_lens(40, 16), kv_lens=equal_lens(56, 16)),
     replace(BASE, name="equal-32", q_lens=equal_lens(160, 32), kv_lens=equal_lens(160, 32), plan_heads=2),
     replace(BASE, name="equal-64-short-last", q_lens=equal_lens(200, 64), kv_lens=equal_lens(100, 64), batch=2),
     replace(BASE, name="equal-128-gqa", q_lens=equal_lens(384, 128), kv_lens=equal_lens(256, 128), heads=4, kv_heads=1),
@@ -69,7 +70,7 @@ def affordable(backend: Backend, case: Case) -> bool:
         return case.dense_scores <= 1 << 24
     if backend.name == "triton" and DEVICE.type == "cpu":
         pieces = sum(-(-n // 32) for n in case.q_lens) * sum(-(-n // 32) for n in case.kv_lens)
-        return case.batch * case.heads * pieces * case.share <= 250
+        return case.batch * case.heads * pieces * case.share <= 150
     return True
 
 
@@ -108,7 +109,7 @@ def test_forward(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert out.dtype == dtype
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact, naive, terms = expected(case, dtype)
-    assert excess(out[:, q_tokens], naive.out, exact.out, FORWARD) == []
+    assert excess(out[:, q_tokens], naive.out, exact.out, FORWARD, terms.out) == []
     assert excess(lse[..., q_tokens], naive.lse, exact.lse, FORWARD, terms.lse) == []
 
 
@@ -179,13 +180,13 @@ def test_beyond_its_limits_a_backend_refuses(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", here())
 def test_same_input_same_bits(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "equal-64-short-last")
+    case = next(c for c in CASES if c.name == "equal-16-short-last")
     assert same(*(gradients(make_inputs(case, torch.float32), backend.name) for _ in range(2)))
 
 
 @pytest.mark.parametrize("backend", here())
 def test_memory_layout_does_not_matter(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "equal-64-short-last")
+    case = next(c for c in CASES if c.name == "equal-16-short-last")
     plain = make_inputs(case, torch.float32)
     for strides, poison in (("bhsd", False), ("sbhd", True), ("bhds", False)):
         other = replace(case, strides=strides, poison=poison)
@@ -193,6 +194,25 @@ def test_memory_layout_does_not_matter(backend: Backend) -> None:
         assert torch.equal(inputs.q, plain.q)
         assert inputs.q.stride() != plain.q.stride()
         assert same(gradients(inputs, backend.name), gradients(plain, backend.name))
+
+
+@pytest.mark.parametrize("backend", here())
+def test_autocast_and_inference_mode_change_nothing(backend: Backend) -> None:
+    case = next(c for c in CASES if c.name == "equal-16-short-last")
+    inputs = make_inputs(case, torch.float32)
+
+    def run() -> tuple[Tensor, ...]:
+        return block_sparse_attention(*inputs[:4], backend=backend.name, return_lse=True)
+
+    plain = run()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        q, k, v = (x.requires_grad_() for x in inputs[:3])
+        out, lse = run()
+    assert same((out, lse), plain)
+    grads = torch.autograd.grad((out, lse), (q, k, v), (inputs.grad_out, inputs.grad_lse))
+    assert same(grads, gradients(inputs, backend.name))
+    with torch.inference_mode():
+        assert same(run(), plain)
 
 
 @pytest.mark.parametrize("backend", [p for p in here() if p.id in ("cpu", "triton")])

@@ -110,6 +110,7 @@ PRESETS: dict[str, Any] = {
     # The same code in seconds on a CPU: it shows that the recipe runs and that the loss falls, no more.
     "miniature": lambda: {
         "steps": 40,
+        "steps": 40,
         "shots": _miniature_shots(),
         "frame_size": (72, 128),
         "num_frames": 8,

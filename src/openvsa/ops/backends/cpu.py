@@ -122,8 +122,10 @@ def _for_each_kv_head(batch: int, kv_heads: int, groups: int, work: Callable[[in
             work(*task)
         return
 
+    inference = torch.is_inference_mode_enabled()  # of this thread
+
     def run(task: tuple[int, int, range]) -> None:
-        with torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad():
             work(*task)
 
     with _THREADS:
