@@ -255,6 +255,6 @@ def lattice_cases() -> Iterator[Case]:
             lens,
             kv_heads=1,
             head_dim=16,
-            share=0.01 if len(lens) > 100 else 0.12,
+            share=min(8 / len(lens), 0.12),
             sampled=4 if len(lens) > 100 else None,
         )

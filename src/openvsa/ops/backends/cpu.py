@@ -8,9 +8,8 @@ the sequence (unless a single row is longer than it). Arithmetic is in fp32, or 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -20,28 +19,25 @@ from openvsa.ops.plan_tensors import PlanTensors
 
 __all__ = ["backward", "forward"]
 
-# Scores per chunk: with its gathered keys or values a chunk then stays within a core's share of cache.
+# Scores per chunk and thread: with its gathered keys or values a chunk then stays within a core's share of cache.
 CHUNK_SCORES = 1 << 18
-
-# torch's number of threads is one for the whole process.
-_THREADS = threading.Lock()
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) -> tuple[Tensor, Tensor]:
     """out [B, Sq, H, Dv] in the dtype of q and lse [B, H, Sq] in that of the arithmetic, for q [B, Sq, H, D],
     k [B, Skv, Hkv, D] and v [B, Skv, Hkv, Dv]."""
     batch, q_len, heads, _ = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, groups = k.shape[2], heads // k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_slots, kv_slots = _Slots.of(plan.q_offsets, plan.max_q_block), _Slots.of(plan.kv_offsets, plan.max_kv_block)
     out = q.new_zeros(batch, q_len, heads, v.shape[-1])
     lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=dtype)
 
-    def attend(b: int, kv_head: int, group: range) -> None:
-        room = _Room(dtype)
+    room = _Room(dtype)
+    for b, kv_head in product(range(batch), range(kv_heads)):
         k_blocks = kv_slots.pad(k[b, :, kv_head].to(dtype))
         v_blocks = kv_slots.pad(v[b, :, kv_head].to(dtype))
-        for head in group:
+        for head in range(kv_head * groups, (kv_head + 1) * groups):
             q_blocks = q_slots.pad(q[b, :, head].to(dtype) * scale)
             out_blocks = q_blocks.new_zeros(*q_blocks.shape[:2], v.shape[-1])
             lse_blocks = q_blocks.new_full(q_blocks.shape[:2], float("-inf"))
@@ -54,8 +50,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
                 out_blocks[chunk.rows] = torch.bmm(p, chunk.gather(v_blocks, room))
             out[b, :, head] = q_slots.unpad(out_blocks)
             lse[b, head] = q_slots.unpad(lse_blocks)
-
-    _for_each_kv_head(batch, kv_heads, heads // kv_heads, attend)
     return out, lse
 
 
@@ -72,17 +66,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv for the gradients do [B, Sq, H, Dv] of out and dlse [B, H, Sq] of lse."""
     batch, _, heads, _ = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, groups = k.shape[2], heads // k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_slots, kv_slots = _Slots.of(plan.q_offsets, plan.max_q_block), _Slots.of(plan.kv_offsets, plan.max_kv_block)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
 
-    def differentiate(b: int, kv_head: int, group: range) -> None:
-        room = _Room(dtype)
+    room = _Room(dtype)
+    for b, kv_head in product(range(batch), range(kv_heads)):
         k_blocks = kv_slots.pad(k[b, :, kv_head].to(dtype))
         v_blocks = kv_slots.pad(v[b, :, kv_head].to(dtype))
         dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
-        for head in group:
+        for head in range(kv_head * groups, (kv_head + 1) * groups):
             do_head = do[b, :, head].to(dtype).contiguous()
             q_blocks = q_slots.pad(q[b, :, head].to(dtype) * scale)
             do_blocks = q_slots.pad(do_head)
@@ -103,39 +97,7 @@ def backward(
             dq[b, :, head] = q_slots.unpad(dq_blocks) * scale
         dk[b, :, kv_head] = kv_slots.unpad(dk_blocks)
         dv[b, :, kv_head] = kv_slots.unpad(dv_blocks)
-
-    _for_each_kv_head(batch, kv_heads, heads // kv_heads, differentiate)
     return dq, dk, dv
-
-
-def _for_each_kv_head(batch: int, kv_heads: int, groups: int, work: Callable[[int, int, range], None]) -> None:
-    """Call work(b, kv_head, its query heads) for all of them, in as many threads as torch may use.
-
-    Threads that each take a whole head wait for nobody, where splitting every small product over all cores would
-    have them meet thousands of times.
-    """
-    threads = torch.get_num_threads()
-    workers = min(threads, batch * kv_heads)
-    tasks = [(b, h, range(h * groups, (h + 1) * groups)) for b in range(batch) for h in range(kv_heads)]
-    if workers == 1:
-        for task in tasks:
-            work(*task)
-        return
-
-    inference = torch.is_inference_mode_enabled()  # of this thread
-
-    def run(task: tuple[int, int, range]) -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            work(*task)
-
-    with _THREADS:
-        torch.set_num_threads(threads // workers)
-        try:
-            with ThreadPoolExecutor(workers) as pool:
-                for done in [pool.submit(run, task) for task in tasks]:
-                    done.result()
-        finally:
-            torch.set_num_threads(threads)
 
 
 class _Slots(NamedTuple):
@@ -222,7 +184,7 @@ def _chunks(plan: PlanTensors, kv_slots: _Slots, b: int, head: int) -> Iterator[
     counts, order = counts.sort(stable=True)
     order = order[int((counts == 0).sum()) :]
     counts = counts[counts.numel() - order.numel() :].tolist()
-    budget = CHUNK_SCORES * torch.get_num_threads()  # of this thread
+    budget = CHUNK_SCORES * torch.get_num_threads()
     start = 0
     while start < len(counts):
         stop = start + 1
