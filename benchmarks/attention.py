@@ -1,12 +1,12 @@
-"""Correctness, then speed, of the Triton backend on a GPU.
+"""Correctness, then speed, of the op's own kernels: Triton on a GPU, the cpu backend on a CPU.
 
-    python benchmarks/attention.py --out benchmarks/results
+    python benchmarks/attention.py --device cuda --out benchmarks/results
 
 First every gradient and output is compared with the fp64 oracle on ragged lattices; nothing is timed if that fails
-(exit status 1). Then forward and backward are timed by CUDA events, each round running every contender once, beside
-dense attention by cuDNN and by FlashAttention as PyTorch ships them. Plans and their transposes are made before the
-clock starts. One JSON file holds all figures, with the machine, the versions and the commit. Takes about a minute,
-most of it compilation.
+(exit status 1). Then forward and backward are timed (by CUDA events on a GPU), each round running every contender
+once, beside dense attention as PyTorch ships it. Plans and their transposes are made before the clock starts. One
+JSON file holds all figures, with the machine, the versions and the commit. Takes about a minute on a GPU, most of it
+compilation, and several on a CPU.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import openvsa
 from openvsa.ops.reference import reference_attention
-
-DEVICE = "cuda"
 
 # (lattice, tile, heads, key heads, head_dim, dtype): ragged borders, grouped heads, blocks of 64 and 128 tokens.
 GATE = [
@@ -43,11 +43,32 @@ GATE = [
 ]
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
-HEADS, TOKENS, BLOCK, DENSITY = 12, 32768, 64, 1 / 8
-HEAD_DIMS = (128, 64)
-DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+BLOCK, DENSITY = 64, 1 / 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed on a device, and the dense attention beside it."""
+
+    backend: str
+    heads: int
+    tokens: int
+    head_dims: tuple[int, ...]
+    dtype: torch.dtype
+    dense: dict[str, SDPBackend]
+    rounds: int
+
+
+CASES = {
+    "cuda": Case(
+        "triton", 12, 32768, (128, 64), torch.bfloat16,
+        {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}, 20,
+    ),
+    "cpu": Case("cpu", 8, 16384, (64,), torch.float32, {"flash": SDPBackend.FLASH_ATTENTION}, 3),
+}  # fmt: skip
 # Products of a token pair per head: q·k and p·v forward; those of the exact backward are 2.5 times as many.
-FLOP_PER_PAIR, BACKWARD = 4, 2.5
+FLOP_PER_PAIR = 4
+PASSES = {"forward": 1, "backward": 2.5, "both": 3.5}
 
 
 def oracle(
@@ -63,7 +84,13 @@ def oracle(
 
 
 def gate_case(
-    grid: tuple[int, ...], tile: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    device: str,
+    grid: tuple[int, ...],
+    tile: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Errors of the kernels and of plain torch in the same dtype against the oracle in fp64, as the largest
     difference over the largest value. The kernels may err twice as much forward and three times backward, plus one
@@ -71,20 +98,20 @@ def gate_case(
     torch.manual_seed(0)
     layout = openvsa.TileLayout(grid, tile)
     blocks = layout.num_blocks
-    mask = torch.rand(2, heads, blocks, blocks, device=DEVICE) < 0.4
+    mask = torch.rand(2, heads, blocks, blocks, device=device) < 0.4
     mask[:, :, blocks // 2] = False
     plan = openvsa.BlockPlan.from_block_mask(mask, layout.blocks, layout.blocks)
 
     def tokens(count: int) -> Tensor:
-        return torch.randn(2, layout.num_tokens, count, head_dim, device=DEVICE).to(dtype)
+        return torch.randn(2, layout.num_tokens, count, head_dim, device=device).to(dtype)
 
     q, k, v, do = tokens(heads), tokens(kv_heads), tokens(kv_heads), tokens(heads)
-    dlse = torch.randn(2, heads, layout.num_tokens, device=DEVICE)
+    dlse = torch.randn(2, heads, layout.num_tokens, device=device)
     exact = oracle(q, k, v, do, dlse, plan, torch.float64)
     plain = oracle(q, k, v, do, dlse, plan, dtype)
 
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out, lse = openvsa.block_sparse_attention(q, k, v, plan, backend="triton", return_lse=True)
+    out, lse = openvsa.block_sparse_attention(q, k, v, plan, backend=CASES[device].backend, return_lse=True)
     runs = [torch.autograd.grad((out, lse), (q, k, v), (do, dlse), retain_graph=True) for _ in range(2)]
     kernel = (out.detach(), lse.detach(), *runs[0])
 
@@ -101,16 +128,17 @@ def gate_case(
     return {**case, "dtype": str(dtype).removeprefix("torch."), "passed": passed, "errors": errors}
 
 
-def block_lists(pattern: str) -> openvsa.BlockPlan:
+def block_lists(device: str, pattern: str) -> openvsa.BlockPlan:
     """The same number of key blocks for every query block. "random": chosen independently. "clustered": eight
     neighbouring query blocks draw on one ranking with a little noise each, as neighbours in real maps do."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    blocks = TOKENS // BLOCK
-    scores = torch.rand(1, HEADS, blocks, blocks, generator=generator, device=DEVICE)
+    case = CASES[device]
+    generator = torch.Generator(device).manual_seed(0)
+    blocks = case.tokens // BLOCK
+    scores = torch.rand(1, case.heads, blocks, blocks, generator=generator, device=device)
     if pattern == "clustered":
-        shared = torch.rand(1, HEADS, blocks // 8, blocks, generator=generator, device=DEVICE)
+        shared = torch.rand(1, case.heads, blocks // 8, blocks, generator=generator, device=device)
         scores = shared.repeat_interleave(8, dim=2) + 0.1 * scores
-    offsets = range(0, TOKENS + 1, BLOCK)
+    offsets = range(0, case.tokens + 1, BLOCK)
     return openvsa.BlockPlan.from_scores(scores, openvsa.Budget(keep_ratio=DENSITY), offsets, offsets)
 
 
@@ -121,11 +149,14 @@ def shared_with_neighbour(plan: openvsa.BlockPlan) -> float:
     return float((both / mask[:, :, 1:].sum(-1)).mean())
 
 
-def contenders(head_dim: int, plans: dict[str, openvsa.BlockPlan]) -> dict[tuple[str, str], Callable[[], object]]:
+def contenders(
+    device: str, head_dim: int, plans: dict[str, openvsa.BlockPlan]
+) -> dict[tuple[str, str], Callable[[], object]]:
     """What is timed, by (name, direction). Dense attention gets its tensors in the order it likes best, BHSD."""
     torch.manual_seed(0)
-    shape = (1, TOKENS, HEADS, head_dim)
-    q, k, v, do = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+    case = CASES[device]
+    shape = (1, case.tokens, case.heads, head_dim)
+    q, k, v, do = (torch.randn(shape, device=device, dtype=case.dtype) for _ in range(4))
     calls: dict[tuple[str, str], Callable[[], object]] = {}
 
     def add(name: str, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
@@ -137,10 +168,10 @@ def contenders(head_dim: int, plans: dict[str, openvsa.BlockPlan]) -> dict[tuple
     for pattern, plan in plans.items():
 
         def sparse(q: Tensor, k: Tensor, v: Tensor, plan: openvsa.BlockPlan = plan) -> Tensor:
-            return openvsa.block_sparse_attention(q, k, v, plan, backend="triton")
+            return openvsa.block_sparse_attention(q, k, v, plan, backend=case.backend)
 
-        add(f"triton {pattern}", sparse, (q, k, v), do)
-    for name, backend in DENSE.items():
+        add(f"{case.backend} {pattern}", sparse, (q, k, v), do)
+    for name, backend in case.dense.items():
 
         def dense(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
@@ -150,31 +181,50 @@ def contenders(head_dim: int, plans: dict[str, openvsa.BlockPlan]) -> dict[tuple
     return calls
 
 
-def time_interleaved(calls: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
+def time_interleaved(device: str, calls: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
     """Median milliseconds of each call; a round runs all of them once, so that drift of the clock meets all alike."""
-    events = {key: [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)] for key in calls}
-    for turn in range(-3, rounds):  # three rounds to warm up
+    times: dict[Any, list[Callable[[], float]]] = {key: [] for key in calls}
+    for turn in range(-1 if device == "cpu" else -3, rounds):  # rounds to warm up first
         for key, call in calls.items():
+            took = timed(device, call)
             if turn >= 0:
-                events[key][turn][0].record()
-            call()
-            if turn >= 0:
-                events[key][turn][1].record()
-    torch.cuda.synchronize()
-    return {key: statistics.median(start.elapsed_time(end) for start, end in pairs) for key, pairs in events.items()}
+                times[key].append(took)
+    return {key: statistics.median(took() for took in found) for key, found in times.items()}
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def timed(device: str, call: Callable[[], object]) -> Callable[[], float]:
+    """Run `call`; the result says how many milliseconds it took, and may wait for the device to do so."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        call()
+        milliseconds = (time.perf_counter() - begin) * 1e3
+        return lambda: milliseconds
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+
+    def elapsed() -> float:
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return elapsed
+
+
+def measure(device: str, rounds: int) -> dict[str, Any]:
     """All timings. TFLOP/s count computed work only; `of_best_dense` is its ratio to the faster dense kernel."""
-    plans = {pattern: block_lists(pattern) for pattern in ("random", "clustered")}
+    case = CASES[device]
+    plans = {pattern: block_lists(device, pattern) for pattern in ("random", "clustered")}
     rows = []
-    for head_dim in HEAD_DIMS:
-        times = time_interleaved(contenders(head_dim, plans), rounds)
+    for head_dim in case.head_dims:
+        times = time_interleaved(device, contenders(device, head_dim, plans), rounds)
+        for name, _ in [key for key in times if key[1] == "forward"]:
+            times[name, "both"] = times[name, "forward"] + times[name, "backward"]
         found = []
         for (name, direction), ms in times.items():
             pattern = name.split()[1]
-            pairs = plans[pattern].cost if pattern in plans else HEADS * TOKENS**2
-            flop = FLOP_PER_PAIR * head_dim * pairs * (BACKWARD if direction == "backward" else 1)
+            pairs = plans[pattern].cost if pattern in plans else case.heads * case.tokens**2
+            flop = FLOP_PER_PAIR * head_dim * pairs * PASSES[direction]
             found.append(
                 {"name": name, "direction": direction, "head_dim": head_dim, "ms": ms, "tflops": flop / ms / 1e9}
             )
@@ -184,7 +234,14 @@ def measure(rounds: int) -> dict[str, Any]:
             row["speedup_over_best_dense"] = min(r["ms"] for r in rivals) / row["ms"]
         rows += found
     return {
-        "case": {"batch": 1, "heads": HEADS, "tokens": TOKENS, "block": BLOCK, "dtype": "bfloat16", "rounds": rounds},
+        "case": {
+            "batch": 1,
+            "heads": case.heads,
+            "tokens": case.tokens,
+            "block": BLOCK,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "rounds": rounds,
+        },
         "lists": {
             name: {"density": plan.density, "shared_with_neighbour": shared_with_neighbour(plan)}
             for name, plan in plans.items()
@@ -207,11 +264,12 @@ def commit() -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each contender")
+    parser.add_argument("--device", choices=CASES, required=True, help="where to measure")
+    parser.add_argument("--rounds", type=int, help="timed calls of each contender")
     parser.add_argument("--commit", default=commit(), help="recorded commit, where this is not a git checkout")
     args = parser.parse_args()
 
-    gate = [gate_case(*case) for case in GATE]
+    gate = [gate_case(args.device, *case) for case in GATE]
     for case in gate:
         worst = max(e["error"] / e["allowed"] for e in case["errors"].values())
         what = " ".join(f"{key} {case[key]}" for key in ("grid", "tile", "heads", "kv_heads", "head_dim", "dtype"))
@@ -220,26 +278,28 @@ def main() -> int:
         print(json.dumps([case for case in gate if not case["passed"]], indent=1))
         return 1
 
-    results = measure(args.rounds)
+    results = measure(args.device, args.rounds or CASES[args.device].rounds)
     for row in results["rows"]:
-        print(f"{row['name']:17} {row['direction']:8} D={row['head_dim']:<3} {row['ms']:7.3f} ms "
-              f"{row['tflops']:6.1f} TFLOP/s  {row['of_best_dense']:.2f} of best dense, "
+        print(f"{row['name']:17} {row['direction']:8} D={row['head_dim']:<3} {row['ms']:9.3f} ms "
+              f"{row['tflops']:7.3f} TFLOP/s  {row['of_best_dense']:.2f} of best dense, "
               f"{row['speedup_over_best_dense']:.2f}x as fast")  # fmt: skip
     now = datetime.datetime.now(datetime.timezone.utc)
-    device = torch.cuda.get_device_name()
+    on_gpu = args.device == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()} {torch.get_num_threads()} threads"
+    capability = torch.cuda.get_device_capability() if on_gpu else torch.backends.cpu.get_cpu_capability()
     record = {
         "benchmark": "attention",
         "date": now.isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "commit": args.commit,
-        "machine": {"device": device, "capability": torch.cuda.get_device_capability()},
+        "machine": {"device": device, "capability": capability},
         "versions": {
             "openvsa": openvsa.__version__,
             "torch": torch.__version__,
-            "triton": triton.__version__,
+            "triton": metadata.version("triton") if on_gpu else None,
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         },
         "gate": gate,
         **results,
