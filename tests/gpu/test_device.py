@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -73,16 +71,15 @@ def test_vsa_compiles_in_one_graph() -> None:
 
 def test_flex_stays_sparse_beyond_the_compile_limit_of_dynamo() -> None:
     """Dense scores at this length would take 8 GiB."""
-    lens = equal_lens(32768, 64)
+    lens = equal_lens(32768, 128)
     plan = BlockPlan.from_block_mask(
-        torch.eye(512, dtype=torch.bool, device=DEVICE)[None, None], offsets(lens), offsets(lens)
+        torch.eye(256, dtype=torch.bool, device=DEVICE)[None, None], offsets(lens), offsets(lens)
     )
-    shapes: list[Any] = [
-        (dtype, dim, kv) for dtype in (torch.bfloat16, torch.float16) for dim in (32, 64, 128) for kv in (1, 2)
-    ]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    shapes = [(dtype, dim) for dtype in dtypes for dim in (32, 64, 128)]
     assert len(shapes) > 8
     torch.cuda.reset_peak_memory_stats()
-    for dtype, dim, kv_heads in shapes:
-        q, k = (torch.randn(1, 32768, heads, dim, device=DEVICE).to(dtype) for heads in (2, kv_heads))
-        block_sparse_attention(q, k, k, plan, backend="flex")
+    for dtype, dim in shapes:
+        q = torch.randn(1, 32768, 2, dim, device=DEVICE).to(dtype)
+        block_sparse_attention(q, q, q, plan, backend="flex")
     assert torch.cuda.max_memory_allocated() < 2**30

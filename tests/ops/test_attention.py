@@ -29,8 +29,8 @@ def plan_of(shape: tuple[int, int] = (2, 4)) -> BlockPlan:
 def test_reading_everything_is_dense_attention() -> None:
     q, k, v = qkv()
     out = block_sparse_attention(q, k, v, BlockPlan.dense(offsets(LENS), offsets(LENS), DEVICE))
-    dense = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
+    dense = scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)), enable_gqa=True)
+    torch.testing.assert_close(out.double(), dense.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_scale_is_one_over_the_root_of_head_dim() -> None:

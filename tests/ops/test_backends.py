@@ -47,16 +47,18 @@ CASES = (
     replace(BASE, name="head-dim-256", head_dim=256, heads=1, kv_heads=1),
     replace(BASE, name="read-everything", share=1.0),
     # Equal blocks, for backends that need them.
-    replace(BASE, name="equal-16-short-last", q_lens=equal_lens(40, 16), kv_lens=equal_lens(56, 16)),
-    replace(BASE, name="equal-32", q_lens=equal_lens(160, 32), kv_lens=equal_lens(160, 32), plan_heads=2),
-    replace(BASE, name="equal-64-short-last", q_lens=equal_lens(200, 64), kv_lens=equal_lens(100, 64)),
+    replace(BASE, name="equal-16", q_lens=equal_lens(40, 16), kv_lens=equal_lens(56, 16), plan_heads=2),
+    replace(BASE, name="equal-64", q_lens=equal_lens(192, 64), kv_lens=equal_lens(200, 64), empty_row=True),
+    replace(BASE, name="equal-128", q_lens=equal_lens(384, 128), kv_lens=equal_lens(256, 128), plan_heads=2),
+    replace(BASE, name="equal-128-short", q_lens=equal_lens(300, 128), kv_lens=equal_lens(200, 128), empty_row=True),
+    replace(BASE, name="equal-128-nan", q_lens=equal_lens(300, 128), kv_lens=equal_lens(300, 128), poison=True),
+    replace(BASE, name="equal-128-bhsd", q_lens=equal_lens(300, 128), kv_lens=equal_lens(300, 128), strides="bhsd"),
     replace(BASE, name="equal-128-gqa", q_lens=equal_lens(384, 128), kv_lens=equal_lens(256, 128), heads=4, kv_heads=1),
-    replace(BASE, name="equal-64-empty", q_lens=equal_lens(192, 64), kv_lens=equal_lens(192, 64), empty_row=True),
-    replace(BASE, name="equal-64-nan-tails", q_lens=equal_lens(200, 64), kv_lens=equal_lens(200, 64), poison=True),
+    replace(BASE, name="equal-128-batch", q_lens=equal_lens(384, 128), kv_lens=equal_lens(300, 128), batch=2, size=4.0),
 )  # fmt: skip
 
 # Every backend can run this one where it runs at all.
-A_PROBLEM = replace(BASE, q_lens=(32, 32), kv_lens=(32, 32)).problem(torch.float32, needs_grad=False)
+A_PROBLEM = replace(BASE, q_lens=(128, 128), kv_lens=(128, 128)).problem(torch.float32, needs_grad=False)
 
 
 def runs_here(backend: Backend) -> bool:
@@ -132,6 +134,16 @@ def gradients(inputs: Any, backend: str) -> tuple[Tensor, ...]:
     return torch.autograd.grad((out, lse), (q, k, v), (inputs.grad_out, inputs.grad_lse))
 
 
+def small(backend: Backend, **changes: Any) -> Case:
+    """A little case of equal blocks, the last one short, in the smallest size that the backend takes."""
+    cases = (
+        replace(BASE, name=f"small-{size}", q_lens=equal_lens(3 * size, size), kv_lens=equal_lens(3 * size - 8, size))
+        for size in (16, 128)
+    )
+    case = next(c for c in cases if not backend.unsupported_reasons(c.problem(torch.float32, needs_grad=True)))
+    return replace(case, **changes)
+
+
 def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -180,13 +192,13 @@ def test_beyond_its_limits_a_backend_refuses(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", here())
 def test_same_input_same_bits(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "equal-16-short-last")
+    case = small(backend)
     assert same(*(gradients(make_inputs(case, torch.float32), backend.name) for _ in range(2)))
 
 
 @pytest.mark.parametrize("backend", here())
 def test_memory_layout_does_not_matter(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "equal-16-short-last")
+    case = small(backend)
     plain = make_inputs(case, torch.float32)
     for strides, poison in (("bhsd", False), ("sbhd", True), ("bhds", False)):
         other = replace(case, strides=strides, poison=poison)
@@ -198,7 +210,7 @@ def test_memory_layout_does_not_matter(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", here())
 def test_autocast_and_inference_mode_change_nothing(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "equal-16-short-last")
+    case = small(backend)
     inputs = make_inputs(case, torch.float32)
 
     def run() -> tuple[Tensor, ...]:
@@ -236,8 +248,7 @@ def test_nan_in_an_unread_block_does_not_leak(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", here())
 def test_a_row_that_reads_nothing(backend: Backend) -> None:
-    case = replace(BASE, name="nothing", q_lens=(32, 32), kv_lens=(32,), share=0.0)
-    inputs = make_inputs(case, torch.float32)
+    inputs = make_inputs(small(backend), torch.float32)
     counts = torch.zeros_like(inputs.plan.kv_num_blocks)
     plan = BlockPlan(counts, inputs.plan.kv_indices, inputs.plan.q_blocks, inputs.plan.kv_blocks)
     q, k, v = (x.requires_grad_() for x in inputs[:3])
@@ -250,8 +261,7 @@ def test_a_row_that_reads_nothing(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", here())
 def test_entries_past_the_count_are_never_read(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "equal-32")
-    inputs = make_inputs(case, torch.float32)
+    inputs = make_inputs(small(backend), torch.float32)
     plan = inputs.plan
     past = torch.arange(plan.kv_indices.shape[-1], device=DEVICE) >= plan.kv_num_blocks[..., None]
     assert past.any()
@@ -266,10 +276,15 @@ def test_entries_past_the_count_are_never_read(backend: Backend) -> None:
 @pytest.mark.parametrize("backend", here())
 def test_a_plan_with_broadcast_memory(backend: Backend) -> None:
     """BlockPlan.dense repeats one row without copying it."""
-    case = replace(BASE, name="dense", q_lens=equal_lens(80, 32), kv_lens=equal_lens(96, 32), share=1.0)
-    inputs = make_inputs(case, torch.float32)
+    inputs = make_inputs(small(backend, share=1.0), torch.float32)
     dense = BlockPlan.dense(inputs.plan.q_blocks, inputs.plan.kv_blocks, DEVICE)
     assert same(gradients(inputs, backend.name), gradients(inputs._replace(plan=dense), backend.name))
+
+
+def test_without_triton_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'openvsa\[triton\]'"):
+        choose(replace(A_PROBLEM, device_type=DEVICE.type), "triton")
 
 
 def test_auto_takes_the_first_that_can() -> None:

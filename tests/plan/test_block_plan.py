@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from helpers import DEVICE, equal_lens, offsets
-from openvsa import BlockPlan, PlanError, block_sparse_attention
+from openvsa import BlockPlan, MissingExtraError, PlanError, block_sparse_attention
 
 
 @st.composite
@@ -321,6 +322,15 @@ def test_files_that_are_not_plans_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(PlanError, match="there are 3 key blocks"):
         BlockPlan.load(out_of_range)
+
+
+def test_without_safetensors_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for use in (BlockPlan.dense([0, 2], [0, 2]).save, BlockPlan.load):
+        with pytest.raises(MissingExtraError, match=r"pip install 'openvsa\[io\]'"):
+            use(tmp_path / "plan")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
