@@ -91,11 +91,13 @@ def run_generate(
     console = console or Console()
     recorder = AttentionRecorder({0, steps // 3, 2 * steps // 3, steps - 1})
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    # Drawn once a step: a drawing thread would take its share of the processor from what is being timed.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
 
         def bar(description: str, total: int) -> Callable[..., None]:
             task = progress.add_task(description, total=total)
-            return lambda *_: progress.advance(task)
+            progress.refresh()
+            return lambda *_: progress.update(task, advance=1, refresh=True)
 
         dense = _timed(make_clip, partial(observe, pipe), steps, bar("full attention", steps))
         sparse = _timed(make_clip, partial(sparsify, pipe, density), steps, bar("sparse attention", steps), recorder)

@@ -30,8 +30,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     kv_heads, groups = k.shape[2], heads // k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_slots, kv_slots = _Slots.of(plan.q_offsets, plan.max_q_block), _Slots.of(plan.kv_offsets, plan.max_kv_block)
-    out = q.new_zeros(batch, q_len, heads, v.shape[-1])
-    lse = q.new_full((batch, heads, q_len), float("-inf"), dtype=dtype)
+    out = q.new_empty(batch, q_len, heads, v.shape[-1])
+    lse = q.new_empty(batch, heads, q_len, dtype=dtype)
 
     room = _Room(dtype)
     for b, kv_head in product(range(batch), range(kv_heads)):
@@ -39,15 +39,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
         v_blocks = kv_slots.pad(v[b, :, kv_head].to(dtype))
         for head in range(kv_head * groups, (kv_head + 1) * groups):
             q_blocks = q_slots.pad(q[b, :, head].to(dtype) * scale)
-            out_blocks = q_blocks.new_zeros(*q_blocks.shape[:2], v.shape[-1])
-            lse_blocks = q_blocks.new_full(q_blocks.shape[:2], float("-inf"))
+            out_blocks = room.take("out", *q_blocks.shape[:2], v.shape[-1]).zero_()
+            lse_blocks = room.take("lse", *q_blocks.shape[:2]).fill_(float("-inf"))
             for chunk in _chunks(plan, kv_slots, b, head):
                 p = chunk.scores(q_blocks[chunk.rows], k_blocks, room)
                 top = p.amax(-1)
                 torch.softmax(p, -1, out=p)
                 # The largest probability is exp(top - lse).
                 lse_blocks[chunk.rows] = top - p.amax(-1).log()
-                out_blocks[chunk.rows] = torch.bmm(p, chunk.gather(v_blocks, room))
+                out_blocks[chunk.rows] = room.bmm("rows", p, chunk.gather(v_blocks, room))
             out[b, :, head] = q_slots.unpad(out_blocks)
             lse[b, head] = q_slots.unpad(lse_blocks)
     return out, lse
@@ -135,7 +135,7 @@ class _Chunk(NamedTuple):
     """Some query blocks, `rows` [n], and the key blocks each reads, `picks` [n, K]; `hidden` marks columns that hold
     no planned token."""
 
-    rows: Tensor
+    rows: Tensor | slice
     picks: Tensor
     hidden: Tensor | None
 
@@ -143,7 +143,7 @@ class _Chunk(NamedTuple):
         """[NK, width, D] to [n, K * width, D], in room that the next gather takes again."""
         found = room.take("gathered", self.picks.numel(), blocks.shape[1] * blocks.shape[2])
         torch.index_select(blocks.flatten(1), 0, self.picks.flatten(), out=found)
-        return found.view(self.rows.numel(), -1, blocks.shape[-1])
+        return found.view(self.picks.shape[0], -1, blocks.shape[-1])
 
     def scores(self, q_rows: Tensor, k_blocks: Tensor, room: _Room) -> Tensor:
         """q_rows [n, M, D] times the gathered keys: [n, M, K * width], -inf in columns that hold no planned token."""
@@ -181,16 +181,19 @@ def _chunks(plan: PlanTensors, kv_slots: _Slots, b: int, head: int) -> Iterator[
     """Query blocks that read something, a few at a time, those with equally long lists together."""
     entry = min(b, plan.kv_num_blocks.shape[0] - 1), min(head, plan.kv_num_blocks.shape[1] - 1)
     counts, indices = plan.kv_num_blocks[entry], plan.kv_indices[entry]
-    counts, order = counts.sort(stable=True)
-    order = order[int((counts == 0).sum()) :]
-    counts = counts[counts.numel() - order.numel() :].tolist()
+    order = None
+    if bool((counts[1:] < counts[:-1]).any()):
+        counts, order = counts.sort(stable=True)
+    empty = int((counts == 0).sum())
+    counts = counts.tolist()
     budget = CHUNK_SCORES * torch.get_num_threads()
-    start = 0
+    start = empty
     while start < len(counts):
         stop = start + 1
         while stop < len(counts) and (stop + 1 - start) * counts[stop] * plan.max_q_block * kv_slots.width <= budget:
             stop += 1
-        rows, longest = order[start:stop], counts[stop - 1]
+        # A slice where the order allows it: views of the rows instead of copies.
+        rows, longest = slice(start, stop) if order is None else order[start:stop], counts[stop - 1]
         picks = indices[rows, :longest].long()
         hidden = None
         if counts[start] < longest:
