@@ -27,7 +27,7 @@ WRONG = {
     "device": (["--device", "toaster"], "--device must be cpu, cuda or cuda:N, got 'toaster'"),
     "other-device": (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
     "absent-device": (["--device", "cuda:99"], "--device cuda:99: torch sees .* CUDA devices; use --device cpu"),
-    "scene": (["--scene", "moon"], "there is no scene 'moon'; choose one of: bird-song"),
+    "scene": (["--scene", "moon"], "there is no scene 'moon'; choose one of: squirrels, bird-song"),
     "both": (["--scene", "glide", "--image", "x.png"], "either --scene or --image"),
     "image": (["--image", "nowhere.png"], "cannot read the image 'nowhere.png'"),
     "out": (["--out", "/proc/nowhere"], "cannot write to the output folder '/proc/nowhere'"),

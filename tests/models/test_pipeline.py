@@ -54,7 +54,7 @@ def test_sparse_attention_at_density_one_changes_nothing_visible(tiny_pipeline):
 
 
 def test_bad_requests_are_named(tiny_pipeline):
-    with pytest.raises(openvsa.OpenVSAError, match="no scene 'bird'; choose one of: bird-song, bunny-wakes"):
+    with pytest.raises(openvsa.OpenVSAError, match="no scene 'bird'; choose one of: squirrels, bird-song"):
         tiny_pipeline(scene="bird")
     with pytest.raises(openvsa.OpenVSAError, match="not both or neither"):
         tiny_pipeline()
