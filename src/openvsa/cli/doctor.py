@@ -20,7 +20,7 @@ EXTRAS = {
     "diffusers": ("diffusers", "transformers", "accelerate", "safetensors"),
     "io": ("safetensors",),
     "triton": ("triton",),
-    "video": ("av", "jinja2", "numpy", "pillow"),
+    "video": ("av", "jinja2", "numpy", "pillow", "torchmetrics"),
 }
 
 

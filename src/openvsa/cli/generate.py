@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["print_scenes", "run_generate"]
 
-_PACKAGES = ("diffusers", "av", "numpy", "PIL", "jinja2")
+_PACKAGES = ("diffusers", "av", "numpy", "PIL", "jinja2", "torchmetrics")
 _CREDIT = (
     'The model was trained on the film "Big Buck Bunny", from which the scenes are taken, (c) copyright 2008, '
     "Blender Foundation / www.bigbuckbunny.org, Creative Commons Attribution 3.0."

@@ -7,6 +7,7 @@ the latents and the timestep at every forward; nothing is guessed from token cou
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,20 +124,30 @@ class SparseHandle:
 
 @dataclass
 class _Tally:
+    """What one layer did: sums, so that it stays small however long the model serves."""
+
     layer: int
     name: str
     layout: TileLayout
-    kept: list[Tensor] = field(default_factory=list)
+    kept: Tensor | float = 0.0
     calls: int = 0
     seconds: float = 0.0
-    pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
 
-    def report(self, budget: Budget | None) -> LayerReport:
-        for start, stop in self.pending:
+    def count(self, plan: BlockPlan | None) -> None:
+        self.calls += 1
+        self.kept = self.kept + (1.0 if plan is None else plan.kv_num_blocks.float().mean() / plan.kv_blocks.num_blocks)
+
+    def settle(self, *, wait: bool) -> None:
+        """Add up the times of calls that the device has finished; of all calls if `wait`."""
+        while self.pending and (wait or self.pending[0][1].query()):
+            start, stop = self.pending.popleft()
             stop.synchronize()
             self.seconds += start.elapsed_time(stop) / 1e3
-        self.pending.clear()
-        delivered = float(torch.stack(self.kept).mean()) if self.kept else 1.0
+
+    def report(self, budget: Budget | None) -> LayerReport:
+        self.settle(wait=True)
+        delivered = float(self.kept) / self.calls
         return LayerReport(
             self.layer, self.name, self.layout.grid, self.layout.tile, self.layout.num_blocks,
             budget.keep_ratio if budget else 1.0, delivered, self.calls, self.seconds,
@@ -242,11 +253,10 @@ class _WanSelfAttention:
             events[1].record()
         tally = state.tallies.setdefault(self.layer, _Tally(self.layer, self.name, layout))
         tally.layout = layout
-        tally.calls += 1
-        if plan is not None:
-            tally.kept.append(plan.kv_num_blocks.float().mean() / layout.num_blocks)
+        tally.count(plan)
         if events:
             tally.pending.append(events)
+            tally.settle(wait=False)
         else:
             tally.seconds += seconds
         if state.callbacks:
