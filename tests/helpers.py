@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openvsa import BlockPlan, TileLayout
-from openvsa.ops.capability import Problem
+from openvsa.ops.capability import Problem, capability_of
 from openvsa.ops.reference import reference_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,8 +54,12 @@ class Case:
         """As the registry sees it."""
         uniform = all(len(set(lens[:-1])) <= 1 and lens[-1] <= lens[0] for lens in (self.q_lens, self.kv_lens))
         return Problem(
-            DEVICE.type, dtype, self.head_dim, self.head_dim, self.heads, self.kv_heads,
-            max(self.q_lens), max(self.kv_lens), uniform, needs_grad,
+            device_type=DEVICE.type, capability=capability_of(DEVICE), dtype=dtype,
+            head_dim=self.head_dim, head_dim_v=self.head_dim,
+            batch=self.batch, num_heads=self.heads, num_kv_heads=self.kv_heads,
+            q_tokens=sum(self.q_lens), kv_tokens=sum(self.kv_lens),
+            max_q_block=max(self.q_lens), max_kv_block=max(self.kv_lens), uniform=uniform,
+            needs_grad=needs_grad, deterministic=False,
         )  # fmt: skip
 
     @property

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
 import torch
 from rich.console import Console
 
-from openvsa.cli.doctor import examine, typical_problem
-from openvsa.ops.registry import backends
+from openvsa import ShapeError
+from openvsa.cli.doctor import Question, examine
+from openvsa.ops import registry
+from openvsa.ops.capability import Backend
+from openvsa.ops.registry import backends, choose
+
+QUESTION = Question()
+QUESTIONS = (
+    QUESTION,
+    Question(ragged=True),
+    Question(block="128x64"),
+    Question(head_dim=80, block="128", dtype="float16"),
+    Question(block="200", tokens=1000, heads=2, head_dim=512, dtype="float64"),
+)
 
 
-def examined() -> str:
+def examined(question: Question = QUESTION) -> str:
     """Everything doctor prints, on a console wide enough that no line is broken."""
     text = io.StringIO()
-    examine(Console(file=text, width=500))
+    examine(Console(file=text, width=500), question)
     return text.getvalue()
 
 
@@ -33,15 +46,49 @@ def rows_of(report: str, first_cell: str) -> list[str]:
     return found
 
 
+def cells_of(report: str, first_cell: str) -> list[str]:
+    return [cell.strip() for cell in rows_of(report, first_cell)[0].split("│")]
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=str)
 @pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
-def test_each_backend_is_listed_with_every_reason(backend) -> None:
-    rows = "\n".join(rows_of(examined().split("backends on cpu")[1], backend.name))
-    for training in (False, True):
-        reasons = backend.unsupported_reasons(typical_problem("cpu", training=training))
-        assert all(reason in rows for reason in reasons)
-    cells = [cell.strip() for cell in rows.splitlines()[0].split("│")]
-    can_run = not backend.unsupported_reasons(typical_problem("cpu", training=False))
-    assert cells[2] == ("yes" if can_run else "no")
+def test_each_backend_is_listed_with_every_reason(backend: Backend, question: Question) -> None:
+    report = examined(question).split("backends on cpu")[1]
+    rows = "\n".join(rows_of(report, backend.name))
+    for at, training in ((2, False), (3, True)):
+        problem = question.problem("cpu", training=training)
+        reasons, left_out = backend.unsupported_reasons(problem), backend.auto_reasons(problem)
+        assert all(reason in rows for reason in reasons or left_out)
+        assert cells_of(report, backend.name)[at] == ("no" if reasons else "by name" if left_out else "yes")
+
+
+def test_it_says_which_one_auto_takes() -> None:
+    problem = QUESTION.problem("cpu", training=False)
+    assert cells_of(examined(), "auto")[2:4] == [f"takes {choose(problem).name}"] * 2
+
+
+def test_a_backend_that_auto_leaves_out_can_be_had_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BACKENDS", tuple(b for b in backends() if b.name == "reference"))
+    report = examined()
+    assert cells_of(report, "reference")[2:4] == ["by name", "by name"]
+    assert "its dense scores would take 48.0 GiB, more than 2 GiB" in report
+    assert cells_of(report, "auto")[2:4] == ["raises", "raises"]
+    assert cells_of(examined(replace(QUESTION, tokens=4096)), "auto")[2] == "takes reference"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"block": "64x64x64"}, "block must be a number of tokens such as 64, or two such as 128x64, got '64x64x64'"),
+        ({"block": "0"}, "got '0'"),
+        ({"block": "big"}, "got 'big'"),
+        ({"dtype": "bf16"}, "dtype must be the name of a torch dtype such as bfloat16, got 'bf16'"),
+        ({"dtype": "zeros"}, "got 'zeros'"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_refused(wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        examined(replace(QUESTION, **wrong))
 
 
 def test_versions_are_shown() -> None:

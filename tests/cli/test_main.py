@@ -38,7 +38,7 @@ def test_missing_package_is_named_with_the_extra_to_install(
 
 
 def test_our_errors_are_one_message(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(console: object) -> None:
+    def fail(console: object, question: object) -> None:
         raise ShapeError("the lattice is wrong")
 
     monkeypatch.setattr(doctor, "examine", fail)
@@ -52,7 +52,7 @@ def test_other_errors_keep_their_traceback() -> None:
 
 
 def test_ctrl_c_stops_with_130(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(console: object) -> None:
+    def interrupt(console: object, question: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(doctor, "examine", interrupt)

@@ -74,10 +74,17 @@ def train(
 
 @app.command()
 @plain_errors()
-def doctor() -> None:
-    """Say what can run on this machine, and what cannot and why."""
+def doctor(
+    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 128,
+    block: Annotated[str, typer.Option(help="Tokens of a block: 64, or 128x64 for query blocks of 128.")] = "64",
+    ragged: Annotated[bool, typer.Option("--ragged", help="Blocks differ in length.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on a GPU, float32 on the CPU.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the sequence.")] = 32768,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 12,
+) -> None:
+    """Say what can run on this machine, and for a problem which backend takes it and why not the others."""
     from rich.console import Console
 
-    from openvsa.cli.doctor import examine
+    from openvsa.cli.doctor import Question, examine
 
-    examine(Console())
+    examine(Console(), Question(head_dim, block, ragged, dtype, tokens, heads))

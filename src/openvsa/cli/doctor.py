@@ -3,46 +3,81 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from openvsa.ops.capability import Backend, Problem
-from openvsa.ops.registry import backends
+from openvsa.errors import ShapeError, UnsupportedError
+from openvsa.ops.capability import Backend, Problem, capability_of
+from openvsa.ops.registry import backends, choose
 
-__all__ = ["EXTRAS", "examine"]
+__all__ = ["EXTRAS", "Question", "examine"]
 
 # The distributions behind each extra that a user chooses from.
 EXTRAS = {
     "cli": ("typer", "rich"),
     "diffusers": ("diffusers", "transformers", "accelerate", "safetensors"),
+    "fa4": ("flash-attn-4",),
     "io": ("safetensors",),
     "triton": ("triton",),
     "video": ("av", "jinja2", "numpy", "pillow", "torchmetrics"),
 }
 
 
-def examine(console: Console) -> None:
-    """Print versions, extras, and per backend whether it can run here with every reason why not."""
-    console.print(_versions(), _extras(), *(_backends(device_type) for device_type in _device_types()))
+@dataclass(frozen=True)
+class Question:
+    """The problem that backends are asked about: self-attention over `tokens` tokens of `heads` heads.
+
+    Args:
+        block: tokens of query and key blocks: "64", or "128x64" for query blocks of 128 over key blocks of 64.
+        ragged: whether blocks differ in length, as where the tile does not divide the lattice.
+        dtype: by default bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        ShapeError: `block` or `dtype` is not of these forms.
+    """
+
+    head_dim: int = 128
+    block: str = "64"
+    ragged: bool = False
+    dtype: str | None = None
+    tokens: int = 32768
+    heads: int = 12
+
+    def problem(self, device_type: str, *, training: bool) -> Problem:
+        """As the registry sees it, for tensors on a device of this type."""
+        sizes = self.block.split("x")
+        if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise ShapeError(f"block must be a number of tokens such as 64, or two such as 128x64, got {self.block!r}")
+        dtype = getattr(torch, self.dtype or ("float32" if device_type == "cpu" else "bfloat16"), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ShapeError(f"dtype must be the name of a torch dtype such as bfloat16, got {self.dtype!r}")
+        return Problem(
+            device_type=device_type,
+            capability=capability_of(torch.device(device_type)),
+            dtype=dtype,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim,
+            batch=1,
+            num_heads=self.heads,
+            num_kv_heads=self.heads,
+            q_tokens=self.tokens,
+            kv_tokens=self.tokens,
+            max_q_block=int(sizes[0]),
+            max_kv_block=int(sizes[-1]),
+            uniform=not self.ragged,
+            needs_grad=training,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
 
 
-def typical_problem(device_type: str, *, training: bool) -> Problem:
-    """Self-attention as video models have it, over equal blocks of 64 tokens: what a backend should manage at least."""
-    return Problem(
-        device_type=device_type,
-        dtype=torch.float32 if device_type == "cpu" else torch.bfloat16,
-        head_dim=64,
-        head_dim_v=64,
-        num_heads=8,
-        num_kv_heads=8,
-        max_q_block=64,
-        max_kv_block=64,
-        uniform=True,
-        needs_grad=training,
-    )
+def examine(console: Console, question: Question) -> None:
+    """Print versions, extras, and per backend whether it can run `question` here with every reason why not."""
+    tables = [_backends(device_type, question) for device_type in _device_types()]
+    console.print(_versions(), _extras(), *tables)
 
 
 def _device_types() -> list[str]:
@@ -87,17 +122,36 @@ def _extras() -> Table:
     return table
 
 
-def _backends(device_type: str) -> Table:
+def _backends(device_type: str, question: Question) -> Table:
+    inference, training = (question.problem(device_type, training=grad) for grad in (False, True))
+    form = (
+        f"blocks of {question.block}{' and fewer' if question.ragged else ''} tokens, head_dim {inference.head_dim}, "
+        f"{str(inference.dtype).removeprefix('torch.')}, {question.tokens:,} tokens, {question.heads} heads"
+    )
     table = Table(
-        "backend", "inference", "training", "why not", title=f"backends on {device_type}, in the order of auto"
+        "backend", "inference", "training", "why not", title=f"backends on {device_type}, in the order of auto\n{form}"
     )
     for backend in backends():
-        table.add_row(backend.name, *_answers(backend, device_type))
+        reasons, when_training = _reasons(backend, inference), _reasons(backend, training)
+        why = [*reasons, *(f"training: {reason}" for reason in when_training if reason not in reasons)]
+        table.add_row(backend.name, *(_answer(backend, p) for p in (inference, training)), "\n".join(why))
+    table.add_section()
+    table.add_row("auto", _taken(inference), _taken(training), "")
     return table
 
 
-def _answers(backend: Backend, device_type: str) -> tuple[str, str, str]:
-    inference = backend.unsupported_reasons(typical_problem(device_type, training=False))
-    training = backend.unsupported_reasons(typical_problem(device_type, training=True))
-    reasons = [*inference, *(f"training: {reason}" for reason in training if reason not in inference)]
-    return "no" if inference else "yes", "no" if training else "yes", "\n".join(reasons)
+def _reasons(backend: Backend, problem: Problem) -> list[str]:
+    return backend.unsupported_reasons(problem) or backend.auto_reasons(problem)
+
+
+def _answer(backend: Backend, problem: Problem) -> str:
+    if backend.unsupported_reasons(problem):
+        return "no"
+    return "by name" if backend.auto_reasons(problem) else "yes"
+
+
+def _taken(problem: Problem) -> str:
+    try:
+        return f"takes {choose(problem).name}"
+    except UnsupportedError:
+        return "raises"

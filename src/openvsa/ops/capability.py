@@ -10,40 +10,54 @@ from torch import Tensor
 
 from openvsa.plan import BlockPlan
 
-__all__ = ["Backend", "Problem"]
+__all__ = ["Backend", "Problem", "capability_of"]
 
 Run = Callable[[Tensor, Tensor, Tensor, BlockPlan, float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a call asks for, in host values. `uniform` says that all blocks but the last have one length."""
+    """What a call asks for, in host values.
+
+    `uniform` says that all blocks but the last have one length; `capability` is that of an NVIDIA GPU, None elsewhere;
+    `deterministic` is torch's mode of that name (torch.use_deterministic_algorithms).
+    """
 
     device_type: str
+    capability: tuple[int, int] | None
     dtype: torch.dtype
     head_dim: int
     head_dim_v: int
+    batch: int
     num_heads: int
     num_kv_heads: int
+    q_tokens: int
+    kv_tokens: int
     max_q_block: int
     max_kv_block: int
     uniform: bool
     needs_grad: bool
+    deterministic: bool
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Problem:
         """The problem of a call with q [B, Sq, H, D], k [B, Skv, Hkv, D], v [B, Skv, Hkv, Dv]."""
         return cls(
             device_type=q.device.type,
+            capability=capability_of(q.device),
             dtype=q.dtype,
             head_dim=q.shape[-1],
             head_dim_v=v.shape[-1],
+            batch=q.shape[0],
             num_heads=q.shape[2],
             num_kv_heads=k.shape[2],
+            q_tokens=plan.q_blocks.num_tokens,
+            kv_tokens=plan.kv_blocks.num_tokens,
             max_q_block=plan.q_blocks.max_len,
             max_kv_block=plan.kv_blocks.max_len,
             uniform=plan.q_blocks.uniform_len is not None and plan.kv_blocks.uniform_len is not None,
             needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
 
@@ -52,7 +66,9 @@ class Backend:
     """A way to run the op: its limits as data, and how to run it.
 
     `available` says why it cannot run on this machine at all (a missing package, say), as a list that is empty if
-    it can; `extra_reasons` covers what plain limits cannot express. `None` in a limit means no limit.
+    it can; `extra_reasons` covers what plain limits cannot express; `auto_reasons` says why "auto" does not take it
+    although it can run. `None` in a limit means no limit. `deterministic` promises the same bits in every run, of
+    gradients too.
     """
 
     name: str
@@ -64,8 +80,10 @@ class Backend:
     max_block: int | None = None
     ragged: bool = True
     head_dim_v_differs: bool = True
+    deterministic: bool = True
     available: Callable[[str], list[str]] = lambda device_type: []
     extra_reasons: Callable[[Problem], list[str]] = lambda problem: []
+    auto_reasons: Callable[[Problem], list[str]] = lambda problem: []
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Every reason why this backend cannot run `problem` here; empty if it can."""
@@ -87,7 +105,15 @@ class Backend:
             reasons.append(f"takes blocks of at most {self.max_block} tokens, not {longest}")
         if not self.ragged and not problem.uniform:
             reasons.append("needs blocks of one length (the last may be shorter)")
+        if not self.deterministic and problem.deterministic and problem.needs_grad:
+            reasons.append("its gradients differ in the last bits from run to run, and torch is set to deterministic")
         return reasons + self.extra_reasons(problem)
+
+
+@torch.compiler.assume_constant_result
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA GPU, None for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib import metadata
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from openvsa import config
 from openvsa.errors import UnsupportedError
@@ -35,6 +37,8 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     reasons = {}
     for backend in known.values() if name == "auto" else [known[name]]:
         reasons[backend.name] = backend.unsupported_reasons(problem)
+        if name == "auto" and not reasons[backend.name]:
+            reasons[backend.name] = backend.auto_reasons(problem)
         if not reasons[backend.name]:
             return backend
     who = "no backend can" if name == "auto" else f"the backend {name!r} cannot"
@@ -51,6 +55,7 @@ def _run_flex(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) ->
     return flex.attention(q, k, v, plan, scale)
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot look for packages, and the answer is the machine's
 def _triton_available(device_type: str) -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["the package triton is not installed (pip install 'openvsa[triton]')"]
@@ -72,6 +77,54 @@ def _flex_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
+@torch.compiler.assume_constant_result
+def _fa4_available(device_type: str) -> list[str]:
+    try:
+        found = TorchVersion(metadata.version("flash-attn-4"))
+    except metadata.PackageNotFoundError:
+        return ["the package flash-attn-4 is not installed (pip install 'openvsa[fa4]')"]
+    # Older ones take blocks of 128 x 128 only.
+    return [] if found >= _FA4_OLDEST else [f"needs flash-attn-4 {_FA4_OLDEST} or newer, not {found}"]
+
+
+def _fa4_reasons(problem: Problem) -> list[str]:
+    """What flash-attn-4 4.0.0b36 takes; it does not refuse all else by itself (on 8.x it ignores the lists)."""
+    reasons = []
+    q_block, kv_block = problem.max_q_block, problem.max_kv_block
+    if problem.head_dim % 8:
+        reasons.append(f"needs a head_dim that is a multiple of 8, not {problem.head_dim}")
+    major = problem.capability[0] if problem.capability else None
+    if major == 9:
+        if q_block % 64:
+            reasons.append(f"needs query blocks of 64 tokens or a multiple, not {q_block}")
+        if kv_block not in (64, 128):
+            reasons.append(f"needs key blocks of 64 or 128 tokens, not {kv_block}")
+        if problem.needs_grad and kv_block != 128:
+            reasons.append(f"its backward needs key blocks of 128 tokens, not {kv_block}")
+        if problem.needs_grad and problem.head_dim <= 64 and q_block % 128:
+            reasons.append(f"its backward needs query blocks of 128 tokens or a multiple, not {q_block}")
+    elif major in (10, 11):
+        if q_block % 256:
+            reasons.append(f"needs query blocks of 256 tokens or a multiple, not {q_block}")
+        if kv_block % 128:
+            reasons.append(f"needs key blocks of 128 tokens or a multiple, not {kv_block}")
+    elif problem.device_type == "cuda":
+        reasons.append(f"is block-sparse on GPUs of compute capability 9, 10 and 11, not on {problem.capability}")
+    return reasons
+
+
+def _reference_auto_reasons(problem: Problem) -> list[str]:
+    scores = problem.batch * problem.num_heads * problem.q_tokens * problem.kv_tokens * problem.dtype.itemsize
+    if scores <= _DENSE_SCORES:
+        return []
+    return [
+        f"'auto' leaves it out: its dense scores would take {scores / 2**30:.1f} GiB, more than "
+        f"{_DENSE_SCORES / 2**30:g} GiB; if that is meant, pass backend='reference'"
+    ]
+
+
+_FA4_OLDEST = "4.0.0b36"
+_DENSE_SCORES = 2 << 30  # bytes of one score matrix; the oracle holds several of them at once
 _HALF_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
 
 _BACKENDS = (
@@ -81,6 +134,19 @@ _BACKENDS = (
         run=lambda q, k, v, plan, scale: run_kernel("cpu", q, k, v, plan, scale),
         dtypes=(*_HALF_AND_FLOAT, torch.float64),
         device_types=("cpu",),
+    ),
+    Backend(
+        name="fa4",
+        summary="FlashAttention-4, for equal blocks; gradients for key blocks of 128",
+        run=lambda q, k, v, plan, scale: run_kernel("fa4", q, k, v, plan, scale),
+        dtypes=(torch.bfloat16, torch.float16),
+        device_types=("cuda",),
+        head_dim=(32, 128),
+        ragged=False,
+        head_dim_v_differs=False,
+        deterministic=False,
+        available=_fa4_available,
+        extra_reasons=_fa4_reasons,
     ),
     Backend(
         name="triton",
@@ -108,5 +174,6 @@ _BACKENDS = (
         summary="the oracle: dense scores, masked; any device and dtype, memory grows with the square of tokens",
         run=_run_reference,
         dtypes=(*_HALF_AND_FLOAT, torch.float64),
+        auto_reasons=_reference_auto_reasons,
     ),
 )
