@@ -14,6 +14,7 @@ from openvsa.config import Budget
 from openvsa.errors import PlanError
 from openvsa.layout import BlockOffsets
 from openvsa.plan import convert
+from openvsa.plan.coarsen import coarsen_lists, grouped, pieces, refine_lists
 from openvsa.plan.rank import rank
 
 if TYPE_CHECKING:
@@ -268,6 +269,51 @@ class BlockPlan:
             mask = mask | dense_column.to(mask.device, non_blocking=True)
         num_kv = self.kv_blocks.num_blocks
         return self._from_mask(mask, num_kv if rows else min(num_kv, self.kv_indices.shape[-1] + len(columns)))
+
+    def coarsen(self, q: int = 1, kv: int = 1) -> BlockPlan:
+        """The plan over larger blocks that computes everything this one does: groups of `q` neighbouring query blocks
+        read what any of them reads, in groups of `kv` neighbouring key blocks. The last group may hold fewer.
+
+        Its K is at most q times that of this plan. What it computes beyond this plan is `coarse.inflation(plan)`.
+
+        Raises:
+            PlanError: q or kv is not a positive integer.
+        """
+        for name, size in (("q", q), ("kv", kv)):
+            if not isinstance(size, int) or size < 1:
+                raise PlanError(f"{name} must be a number of neighbouring blocks >= 1, got {size!r}")
+        lists = coarsen_lists(self.kv_num_blocks, self.kv_indices, self.kv_blocks.num_blocks, q, kv)
+        return BlockPlan(*lists, grouped(self.q_blocks, q), grouped(self.kv_blocks, kv))
+
+    def refine(self, q_offsets: Offsets | None = None, kv_offsets: Offsets | None = None) -> BlockPlan:
+        """The same attention over smaller blocks: every token reads the tokens it read before.
+
+        Args:
+            q_offsets, kv_offsets: the smaller blocks; a block must end wherever one of the plan ends. None keeps them.
+
+        Raises:
+            PlanError: a smaller block lies across the border of two blocks.
+        """
+        q_blocks = self.q_blocks if q_offsets is None else BlockOffsets.of(q_offsets)
+        kv_blocks = self.kv_blocks if kv_offsets is None else BlockOffsets.of(kv_offsets)
+        parts = pieces(self.q_blocks, q_blocks), pieces(self.kv_blocks, kv_blocks)
+        return BlockPlan(*refine_lists(self.kv_num_blocks, self.kv_indices, *parts), q_blocks, kv_blocks)
+
+    def inflation(self, other: BlockPlan) -> float:
+        """Token pairs that this plan computes for each one that `other` computes, per batch and head entry: 1 if they
+        compute equally many. Waits for the device.
+
+        Raises:
+            PlanError: the plans are over different token counts, or `other` computes nothing.
+        """
+        tokens = [(plan.q_blocks.num_tokens, plan.kv_blocks.num_tokens) for plan in (self, other)]
+        costs = [plan.cost / plan.kv_num_blocks[..., 0].numel() for plan in (self, other)]
+        if tokens[0] != tokens[1] or not costs[1]:
+            raise PlanError(
+                f"inflation compares plans over the same tokens, of which the second computes something; got "
+                f"{tokens[0]} query and key tokens beside {tokens[1]}, and {costs[1]:g} token pairs in the second"
+            )
+        return costs[0] / costs[1]
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan on another device."""
