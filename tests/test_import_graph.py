@@ -42,10 +42,14 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # Importing a module may load the standard library, torch and this package. Modules below these names load more, and
 # are therefore themselves loaded on demand: everyone else imports them inside functions.
 ON_DEMAND = {
+    "layout.kernels": {"triton"},
+    "plan.kernels": {"triton"},
+    "select.kernels": {"triton"},
     "ops.backends.triton": {"triton"},
     "models": {"diffusers", "safetensors"},
     "train": {"diffusers", "safetensors"},
     "cli.app": {"typer"},
+    "cli.bench": {"rich"},
     "cli.doctor": {"rich"},
     "cli.generate": {"rich"},
 }

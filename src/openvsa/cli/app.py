@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +72,45 @@ def train(
             f"loss on held-out shots at density {density}: {result.first['held_out'][density]:.4f} -> {loss:.4f}"
         )
     typer.echo(f"{result.steps} steps in {result.seconds / 60:.1f} minutes; the model is in {result.out}")
+
+
+@app.command()
+@plain_errors()
+def bench(
+    suite: Annotated[str, typer.Option(help="Cases to measure: quick, flagship or full.")] = "quick",
+    case: Annotated[str | None, typer.Option(help="Cases by name instead, with commas between; see --list.")] = None,
+    contenders: Annotated[
+        str | None, typer.Option(help="Who is measured, with commas between; by default all that start quickly.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result file.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="Start no further case after this long.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to record, where this is not a git checkout.")] = None,
+    list_cases: Annotated[bool, typer.Option("--list", help="Print cases, suites and contenders, and stop.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Compare two result files; status 1 if something got slower.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0, help="Share by which a time may grow in --compare.")] = 0.05,
+) -> None:
+    """Measure kernels against each other, after checking that they are right."""
+    from openvsa.cli.bench import compare_files, list_all, run_bench
+
+    if list_cases:
+        list_all(device)
+        return
+    if compare is not None:
+        raise typer.Exit(compare_files(*compare, threshold))
+    status = run_bench(
+        cases=case.split(",") if case else [],
+        suite=suite,
+        names=contenders.split(",") if contenders else None,
+        device=device,
+        out=out,
+        seconds=seconds,
+        commit=commit,
+        command=shlex.join(["openvsa", *sys.argv[1:]]),
+    )
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -1,0 +1,261 @@
+"""Nothing is timed that is not right: kernels against the fp64 oracle, on small ragged problems and on the timed one.
+
+The small problems have the head size, dtype, tiles and head groups of the timed case, so that the kernels they compile
+are those that are timed. Of the timed problem itself a few query and key blocks are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openvsa.bench.cases import Case
+from openvsa.bench.contenders import Attend
+from openvsa.bench.oracle import Inputs, Results, Sample, run_reference, run_sample, sampled, sensitivity
+from openvsa.bench.tolerance import FORWARD, GRADIENT, judge
+from openvsa.config import Budget
+from openvsa.layout import TileLayout
+from openvsa.nn.functional import video_sparse_attention
+from openvsa.ops import block_sparse_attention
+from openvsa.ops.capability import Backend, Problem
+from openvsa.ops.reference import reference_attention
+from openvsa.plan import BlockPlan
+from openvsa.select import PooledTopK, pool_mean
+
+__all__ = [
+    "Checked",
+    "check_sample",
+    "check_small",
+    "check_whole_op_sample",
+    "choose_sample",
+    "plain_vsa",
+    "run_and_grad",
+    "sample_of_oracle",
+]
+
+_BATCH, _SHARE = 2, 0.4
+
+
+class Checked(NamedTuple):
+    """The outcome for one backend: problems compared, what is wrong, the largest share of the allowed error, and why
+    problems were left out."""
+
+    compared: int
+    complaints: list[str]
+    share: float
+    left_out: list[str]
+
+    def and_also(self, other: Checked) -> Checked:
+        return Checked(
+            self.compared + other.compared,
+            self.complaints + other.complaints,
+            max(self.share, other.share),
+            self.left_out + other.left_out,
+        )
+
+
+NOTHING = Checked(0, [], 0.0, [])
+
+
+def check_small(backend: Backend, case: Case, device: torch.device) -> Checked:
+    """A backend on the small problems of a case: output, lse and gradients of the op, and of the whole op."""
+    total = NOTHING
+    for name, inputs, layout in _small_problems(case, device):
+        q, k, v, plan = inputs.q, inputs.k, inputs.v, inputs.plan
+        needs_grad = not backend.unsupported_reasons(Problem.of(q.detach().requires_grad_(), k, v, plan))
+        reasons = [] if needs_grad else backend.unsupported_reasons(Problem.of(q, k, v, plan))
+        if reasons:
+            total = total.and_also(Checked(0, [], 0.0, [f"{name}: {'; '.join(reasons)}"]))
+            continue
+        exact = run_reference(inputs, torch.float64)
+        naive = run_reference(inputs, _naive_dtype(inputs.q.dtype))
+        kernel = _op(backend.name, inputs, needs_grad)
+        found = _compare(name, kernel, naive, exact, sensitivity(inputs, exact))
+        if case.whole_op and layout is not None and needs_grad:
+            found = found.and_also(_check_whole_op(backend.name, f"whole op, {name}", inputs, layout))
+        total = total.and_also(found)
+    return total
+
+
+def choose_sample(plan: BlockPlan, kv_heads: int, batch: int) -> Sample:
+    """A random and the last query and key block of a random key head: borders are where kernels err."""
+    generator = torch.Generator().manual_seed(1)
+
+    def pick(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    q_blocks, kv_blocks = (
+        tuple(sorted({pick(n), n - 1})) for n in (plan.q_blocks.num_blocks, plan.kv_blocks.num_blocks)
+    )
+    return Sample(pick(batch), pick(kv_heads), q_blocks, kv_blocks)
+
+
+def check_sample(name: str, kernel: dict[str, Tensor], exact: Results, naive: Results) -> Checked:
+    """Sampled results of a contender (as `sampled` gives them; lse or gradients may be missing)."""
+    return _compare(name, kernel, naive, exact, None)
+
+
+def run_and_grad(
+    attend: Attend, inputs: Inputs, sample: Sample, *, heads_first: bool, needs_grad: bool
+) -> dict[str, Tensor]:
+    """The sampled results of a contender on a whole problem, without lse."""
+    q, k, v, grad = (
+        x.detach().transpose(1, 2) if heads_first else x.detach()
+        for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out)
+    )
+    leaves = [x.contiguous().requires_grad_(needs_grad) for x in (q, k, v)]
+    out = attend(*leaves)
+    found = {"out": out.detach()}
+    if needs_grad:
+        found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, grad), strict=True))
+    found = {name: x.transpose(1, 2) if heads_first else x for name, x in found.items()}
+    return sampled(found, inputs.plan, sample, inputs.q.shape[2] // inputs.k.shape[2])
+
+
+def sample_of_oracle(inputs: Inputs, sample: Sample) -> tuple[Results, Results]:
+    """The sampled part in fp64 and as plain torch has it in the dtype of the problem."""
+    naive = run_sample(inputs, sample, _naive_dtype(inputs.q.dtype))
+    return run_sample(inputs, sample, torch.float64), naive
+
+
+def check_whole_op_sample(
+    backend: str, inputs: Inputs, weight: Tensor, layout: TileLayout, budget: Budget, sample: Sample
+) -> Checked:
+    """The forward pass of `video_sparse_attention` on the timed tensors (`inputs` in block order, with the plan of the
+    selector; `weight` in raster order): the sampled query blocks."""
+    q, k, v = (layout.unpermute(x.detach()) for x in (inputs.q, inputs.k, inputs.v))
+    out = layout.permute(video_sparse_attention(q, k, v, layout, budget, weight, backend=backend))
+    sample = sample._replace(kv_blocks=())
+    groups = inputs.q.shape[2] // inputs.k.shape[2]
+    rows = sampled({"out": layout.permute(weight)}, inputs.plan, sample, groups)["out"]
+    kernel = sampled({"out": out}, inputs.plan, sample, groups)
+    results = []
+    for sparse, dtype in zip(sample_of_oracle(inputs, sample), (torch.float64, inputs.q.dtype), strict=True):
+        compressed = _compressed_rows(inputs, layout, sample).to(dtype)
+        results.append(sparse._replace(out=sparse.out + rows.to(dtype) * compressed))
+    return _compare("whole op", kernel, results[1], results[0], None)
+
+
+def _compressed_rows(inputs: Inputs, layout: TileLayout, sample: Sample) -> Tensor:
+    """The compressed branch of the sampled query blocks, fp64 [rows, D]; text blocks have none."""
+    groups = inputs.q.shape[2] // inputs.k.shape[2]
+    heads = (sample.kv_head * groups, sample.kv_head, sample.kv_head)
+    q, k, v = (
+        pool_mean(x[sample.batch, None, :, head, None].double(), layout.blocks)[0, :, 0]
+        for x, head in zip((inputs.q, inputs.k, inputs.v), heads, strict=True)
+    )
+    tiles = layout.tile_blocks
+    compressed = torch.zeros_like(v)
+    compressed[tiles] = (q[tiles] @ k[tiles].t() * inputs.scale).softmax(-1) @ v[tiles]
+    lens = [layout.block_lens[i] for i in sample.q_blocks]
+    return compressed[list(sample.q_blocks)].repeat_interleave(torch.tensor(lens, device=v.device), 0)
+
+
+def _small_problems(case: Case, device: torch.device) -> Iterator[tuple[str, Inputs, TileLayout | None]]:
+    """A ragged lattice, with its layout where queries and keys share it, and a sequence of equal blocks."""
+    q_tile, kv_tile = case.q_layout.tile, case.kv_layout.tile
+    grid = tuple(2 * max(a, b) + 1 for a, b in zip(q_tile, kv_tile, strict=True))
+    prefix = min(case.prefix, math.prod(kv_tile) + 3)
+    q_layout, kv_layout = (TileLayout(grid, tile, prefix) for tile in (q_tile, kv_tile))
+    yield "ragged lattice", _inputs(case, q_layout, kv_layout, device), q_layout if q_tile == kv_tile else None
+    q_len, kv_len = math.prod(q_tile), math.prod(kv_tile)
+    tokens = 5 * max(q_len, kv_len) - min(q_len, kv_len) // 3
+    layouts = TileLayout((tokens,), (q_len,)), TileLayout((tokens,), (kv_len,))
+    yield "equal blocks, the last one shorter", _inputs(case, *layouts, device), None
+
+
+def _inputs(case: Case, q_layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    heads, kv_heads = 2 * case.heads // case.key_heads, 2
+    shape = (_BATCH, heads, q_layout.num_blocks, kv_layout.num_blocks)
+    mask = torch.rand(shape, generator=generator, device=device) < _SHARE
+    mask[..., 0] = True
+    mask[:, :, q_layout.num_blocks // 2] = False  # a query block that reads nothing
+    plan = BlockPlan.from_block_mask(mask, q_layout.blocks, kv_layout.blocks)
+
+    def tokens(count: int) -> Tensor:
+        x = torch.randn(_BATCH, q_layout.num_tokens, count, case.head_dim, generator=generator, device=device)
+        return x.to(case.torch_dtype)
+
+    grad_lse = torch.zeros(_BATCH, heads, q_layout.num_tokens, device=device)
+    q, k, v, grad_out = tokens(heads), tokens(kv_heads), tokens(kv_heads), tokens(heads)
+    return Inputs(q, k, v, plan, grad_out, grad_lse, case.head_dim**-0.5)
+
+
+def _op(backend: str, inputs: Inputs, needs_grad: bool) -> dict[str, Tensor]:
+    leaves = [x.detach().requires_grad_(needs_grad) for x in (inputs.q, inputs.k, inputs.v)]
+    q, k, v = leaves
+    out, lse = block_sparse_attention(q, k, v, inputs.plan, backend=backend, return_lse=True)
+    found = {"out": out.detach(), "lse": lse.detach()}
+    if needs_grad:
+        found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, inputs.grad_out), strict=True))
+    return found
+
+
+def _compare(name: str, kernel: dict[str, Tensor], naive: Results, exact: Results, terms: Results | None) -> Checked:
+    complaints, share = [], 0.0
+    for what, got in kernel.items():
+        factor = FORWARD if what in ("out", "lse") else GRADIENT
+        of_terms = getattr(terms, what) if terms is not None else None
+        verdict = judge(got, getattr(naive, what), getattr(exact, what), factor, of_terms)
+        complaints += [f"{name}: {what}: {complaint}" for complaint in verdict.complaints]
+        share = max(share, verdict.share)
+    return Checked(1, complaints, share, [])
+
+
+# -- the whole op -----------------------------------------------------------------------------------------------------
+
+
+def _check_whole_op(backend: str, name: str, inputs: Inputs, layout: TileLayout) -> Checked:
+    """`video_sparse_attention` with a branch weight, and its four gradients, against the formulas of DESIGN 6 in plain
+    torch; only the choice of blocks is taken from the selector itself."""
+    budget = Budget(keep_ratio=0.5)
+    weight = torch.randn(inputs.q.shape, generator=torch.Generator(inputs.q.device).manual_seed(2),
+                         device=inputs.q.device).to(inputs.q.dtype)  # fmt: skip
+    tensors = (inputs.q, inputs.k, inputs.v, weight)
+    plan = PooledTopK()(layout.permute(inputs.q), layout.permute(inputs.k), layout, budget)
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v, w = (x.detach().to(dtype).requires_grad_() for x in tensors)
+        out = plain_vsa(q, k, v, w, layout, plan)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v, w), inputs.grad_out.to(dtype))]
+
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    q, k, v, w = leaves
+    out = video_sparse_attention(q, k, v, layout, budget, w, backend=backend)
+    kernel = [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out)]
+    complaints, share = [], 0.0
+    rows = zip(
+        ("out", "dq", "dk", "dv", "dw"), kernel, plain(_naive_dtype(out.dtype)), plain(torch.float64), strict=True
+    )
+    for what, got, naive, exact in rows:
+        verdict = judge(got, naive, exact, FORWARD if what == "out" else GRADIENT)
+        complaints += [f"{name}: {what}: {complaint}" for complaint in verdict.complaints]
+        share = max(share, verdict.share)
+    return Checked(1, complaints, share, [])
+
+
+def plain_vsa(q: Tensor, k: Tensor, v: Tensor, w: Tensor, layout: TileLayout, plan: BlockPlan) -> Tensor:
+    """Video sparse attention [B, S, H, D] in raster order with a given plan, in the dtype of its arguments."""
+    order = layout.permutation.to(q.device)
+    q, k, v, w = (x[:, order] for x in (q, k, v, w))
+    scale = q.shape[-1] ** -0.5
+    out, _ = reference_attention(q, k, v, plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks, plan.kv_indices, scale)
+    pool = torch.zeros(layout.num_blocks, layout.num_tokens, dtype=q.dtype, device=q.device)
+    pool[layout.blocks.block_of_token(q.device), torch.arange(layout.num_tokens, device=q.device)] = 1
+    pool = pool[layout.tile_blocks]
+    groups = q.shape[2] // k.shape[2]
+    means = [torch.einsum("ns,bshd->bhnd", pool / pool.sum(1, keepdim=True), x) for x in (q, k, v)]
+    q_mean, k_mean, v_mean = means[0], *(x.repeat_interleave(groups, 1) for x in means[1:])
+    compressed = (q_mean @ k_mean.transpose(2, 3) * scale).softmax(-1) @ v_mean
+    out = out + w * torch.einsum("ns,bhnd->bshd", pool, compressed)
+    return out[:, layout.inverse_permutation.to(q.device)]
+
+
+def _naive_dtype(dtype: torch.dtype) -> torch.dtype:
+    # There is nothing finer to compare fp64 with.
+    return torch.float32 if dtype == torch.float64 else dtype

@@ -1,0 +1,174 @@
+"""What the kernels are compared with: the reference on whole problems, and block by block on problems too long for it.
+
+The block-by-block form computes a few chosen query blocks (their output, lse and dq) and key blocks (their dk and dv,
+which needs every query block that reads them) from the formulas, in any dtype, with memory that does not grow with the
+square of the sequence.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openvsa.ops.reference import reference_attention
+from openvsa.plan import BlockPlan
+
+__all__ = ["Inputs", "Results", "Sample", "run_reference", "run_sample", "sampled", "sensitivity"]
+
+# Largest tensor that `run_sample` makes.
+_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+
+
+class Inputs(NamedTuple):
+    """A problem in block order: q [B, Sq, H, D], k and v [B, Skv, Hkv, D], grad_out like q, grad_lse [B, H, Sq]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: BlockPlan
+    grad_out: Tensor
+    grad_lse: Tensor
+    scale: float
+
+
+class Results(NamedTuple):
+    """Of a whole problem, or of the sampled part of it."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+class Sample(NamedTuple):
+    """Which part of a long problem is computed: one batch entry, one key head (with the first query head that reads
+    it), and the chosen query and key blocks."""
+
+    batch: int
+    kv_head: int
+    q_blocks: tuple[int, ...]
+    kv_blocks: tuple[int, ...]
+
+
+def run_reference(inputs: Inputs, dtype: torch.dtype) -> Results:
+    """The oracle and its gradients in `dtype`, on plain contiguous copies."""
+    q, k, v = (x.detach().to(dtype).clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    plan = inputs.plan
+    out, lse = reference_attention(
+        q, k, v, plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks, plan.kv_indices, inputs.scale
+    )
+    grads = torch.autograd.grad((out, lse), (q, k, v), (inputs.grad_out.to(dtype), inputs.grad_lse.to(lse.dtype)))
+    return Results(out.detach(), lse.detach(), *grads)
+
+
+def sensitivity(inputs: Inputs, exact: Results) -> Results:
+    """The `terms` of the tolerance, in fp64: what a result is the difference of, and how it answers to its scores.
+
+    A score is a dot product, and so is each half of its gradient p * (do . v - (do . out - dlse)); the size of a dot
+    product is the sum of its absolute terms. p itself is exp(score - lse), so that an ulp of a score or of the lse,
+    which backward receives as it was rounded, changes p by as much in proportion. Sums over tokens add up like noise.
+    """
+    q, k, v, grad_out = (x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    mask = inputs.plan.block_mask()
+    for d, blocks in ((2, inputs.plan.q_blocks), (3, inputs.plan.kv_blocks)):
+        mask = mask.repeat_interleave(blocks.lens_on(mask.device).long(), dim=d)
+
+    def dots(a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum("bqhd,bkhd->bhqk", a, b)
+
+    scores = (dots(q, k) * inputs.scale).masked_fill(~mask, float("-inf"))
+    p = (scores - exact.lse[..., None].nan_to_num(neginf=0.0)).exp()
+    score = (dots(q.abs(), k.abs()) * inputs.scale * mask).amax(-1)
+    row = (grad_out * exact.out).transpose(1, 2)
+    grad_lse = inputs.grad_lse.double()
+    ds = p * (dots(grad_out, v) - (row.sum(-1) - grad_lse)[..., None])
+    ds = (
+        p * (dots(grad_out.abs(), v.abs()) + (row.abs().sum(-1) + grad_lse.abs())[..., None])
+        + ds.abs() * score[..., None]
+    )
+
+    def noise(weights: Tensor, x: Tensor, form: str) -> Tensor:
+        return torch.einsum(form, weights**2, x**2)
+
+    p2, out = p**2, exact.out
+    away = noise(p, v, "bhqk,bkhd->bqhd") - 2 * out * torch.einsum("bhqk,bkhd->bqhd", p2, v)
+    away = away + out**2 * p2.sum(-1).transpose(1, 2)[..., None]  # sum of p**2 * (v - out)**2
+    dk, dv = (
+        noise(w, x, "bhqk,bqhd->bkhd").unflatten(2, (-1, groups)).sum(3).sqrt()
+        for w, x in ((ds * inputs.scale, q), (p * score[..., None], grad_out))
+    )
+    return Results(
+        out=away.clamp_min(0).sqrt() * score.transpose(1, 2)[..., None],
+        lse=score,
+        dq=noise(ds * inputs.scale, k, "bhqk,bkhd->bqhd").sqrt(),
+        dk=dk,
+        dv=dv,
+    )
+
+
+def sampled(found: dict[str, Tensor], plan: BlockPlan, sample: Sample, groups: int) -> dict[str, Tensor]:
+    """The part of whole results (named as in Results) that `run_sample` computes: out, dq [rows, D], lse [rows], dk and
+    dv [columns, D]. `groups` is the number of query heads of a key head."""
+    head, kv_head = sample.kv_head * groups, sample.kv_head
+    rows = _tokens(plan.q_blocks.lens, sample.q_blocks, plan.device)
+    columns = _tokens(plan.kv_blocks.lens, sample.kv_blocks, plan.device)
+    take = {"out": (rows, head), "lse": (head, rows), "dq": (rows, head), "dk": (columns, kv_head),
+            "dv": (columns, kv_head)}  # fmt: skip
+    return {name: x[(sample.batch, *take[name])] for name, x in found.items()}
+
+
+def run_sample(inputs: Inputs, sample: Sample, dtype: torch.dtype) -> Results:
+    """The sampled part of a problem by the formulas of attention and its gradient, computed in `dtype`; sums over
+    chunks of query blocks are kept in fp32 or better. `grad_lse` is taken to be zero."""
+    plan, b = inputs.plan, sample.batch
+    groups = inputs.q.shape[2] // inputs.k.shape[2]
+    first = sample.kv_head * groups
+    k, v = (x[b, :, sample.kv_head].to(dtype) for x in (inputs.k, inputs.v))
+    columns = _tokens(plan.kv_blocks.lens, sample.kv_blocks, k.device)
+    kv_lens = plan.kv_blocks.lens_on(k.device).long()
+    mask = plan.block_mask()
+    mask = mask[b if mask.shape[0] > 1 else 0]
+    wide = torch.promote_types(dtype, torch.float32)
+    dk, dv = (torch.zeros(columns.numel(), x.shape[-1], dtype=wide, device=x.device) for x in (k, v))
+    wanted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    a_chunk = max(1, _CHUNK_BYTES[k.device.type] // (k.shape[0] * torch.finfo(dtype).bits // 8 * plan.q_blocks.max_len))
+    for head in range(first, first + groups):
+        reads = mask[head if mask.shape[0] > 1 else 0]
+        needed = set(reads[:, list(sample.kv_blocks)].any(1).nonzero().flatten().tolist())
+        needed |= set(sample.q_blocks) if head == first else set()
+        order = sorted(needed)
+        for start in range(0, len(order), a_chunk):
+            blocks = order[start : start + a_chunk]
+            lens = [plan.q_blocks.lens[i] for i in blocks]
+            tokens = _tokens(plan.q_blocks.lens, tuple(blocks), k.device)
+            q, do = (x[b, tokens, head].to(dtype) for x in (inputs.q, inputs.grad_out))
+            hidden = ~reads[blocks].repeat_interleave(kv_lens, 1)
+            hidden = hidden.repeat_interleave(torch.tensor(lens, device=hidden.device), 0)
+            empty = hidden.all(1, keepdim=True)
+            scores = (q @ k.t() * inputs.scale).masked_fill(hidden, float("-inf"))
+            lse = scores.logsumexp(1)
+            p = scores.masked_fill(empty, 0.0).softmax(1).masked_fill(empty, 0.0)
+            dp = do @ v.t()
+            ds = p * (dp - (p * dp).sum(1, keepdim=True))
+            dk += (ds[:, columns].t() @ q).to(wide) * inputs.scale
+            dv += (p[:, columns].t() @ do).to(wide)
+            if head == first:
+                results = (p @ v, lse, ds @ k * inputs.scale)
+                parts = (x.split(lens) for x in results)
+                wanted |= dict(zip(blocks, zip(*parts, strict=True), strict=True))
+    rows = [torch.cat([wanted[i][n] for i in sample.q_blocks]) for n in range(3)]
+    lse = rows[1] if dtype == torch.float64 else rows[1].float()
+    return Results(rows[0], lse, rows[2], dk.to(dtype), dv.to(dtype))
+
+
+def _tokens(lens: tuple[int, ...], blocks: tuple[int, ...], device: torch.device) -> Tensor:
+    """The positions of the tokens of some blocks, int64."""
+    starts = [0, *accumulate(lens)]
+    tokens = [torch.arange(starts[i], starts[i + 1]) for i in blocks]
+    return torch.cat([torch.arange(0), *tokens]).to(device)

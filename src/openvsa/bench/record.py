@@ -1,0 +1,123 @@
+"""Results as data: what was measured, where, with which versions. One JSON file a run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import openvsa
+from openvsa.errors import OpenVSAError
+
+__all__ = ["SCHEMA", "commit", "load", "new_record", "result_path", "write"]
+
+SCHEMA = "openvsa-bench/1"
+_DISTRIBUTIONS = (
+    "triton", "numpy", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "fastvideo-kernel", "cuda-core",
+    "cuda-bindings",
+)  # fmt: skip
+
+
+def new_record(device: torch.device, command: str, the_commit: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """A record with everything but results."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "schema": SCHEMA,
+        "date": now.isoformat(timespec="seconds"),
+        "command": command,
+        "commit": the_commit,
+        "machine": _machine(device),
+        "versions": _versions(device),
+        "settings": settings,
+        "cases": [],
+        "not_run": [],
+    }
+
+
+def commit() -> str | None:
+    """`git describe` of the checkout that this package was imported from; None if it does not come from one."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def result_path(folder: Path, record: dict[str, Any]) -> Path:
+    """The name of the file of a run: machine and date."""
+    device = "".join(c if c.isalnum() else "-" for c in record["machine"]["device"].lower())
+    stamp = datetime.datetime.fromisoformat(record["date"]).strftime("%Y%m%d-%H%M%S")
+    return folder / f"bench-{device}-{stamp}.json"
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write the record so that the file is never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        OpenVSAError: it is missing, no JSON, or of another schema.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OpenVSAError(f"{str(path)!r} cannot be read as a result file ({error})") from None
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
+        raise OpenVSAError(f"{str(path)!r} has the schema {schema!r}, but {SCHEMA!r} is needed; measure again")
+    return record
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {
+            "device": f"CPU {platform.machine()} {torch.get_num_threads()} threads",
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "driver": None,
+        }
+    gpu = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", f"--id=GPU-{gpu.uuid}", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        driver = None
+    return {
+        "device": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "processors": gpu.multi_processor_count,
+        "memory_bytes": gpu.total_memory,
+        "driver": driver,
+    }
+
+
+def _versions(device: torch.device) -> dict[str, str | None]:
+    found: dict[str, str | None] = {
+        "openvsa": openvsa.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": str(torch.backends.cudnn.version()) if device.type == "cuda" else None,
+    }
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,113 @@
+"""Time by events on a GPU and by the clock on a CPU, every contender once a round, so that drift meets all alike."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["Timing", "gpu_clocks", "peak_bytes", "time_interleaved"]
+
+Key = TypeVar("Key", bound=Hashable)
+Call = Callable[[], object]
+
+# Idle cycles put before each call, about 2 ms: the host enqueues the whole call meanwhile, so that the events enclose
+# the device's work and not Python's. The field `host_ms` says what Python took.
+_HEAD_START_CYCLES = 4_000_000
+_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 30
+_CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call over several rounds: median, first and third quartile, and the median of the host's
+    share (what Python took to enqueue it; on a CPU the whole)."""
+
+    ms: float
+    low: float
+    high: float
+    host_ms: float
+    rounds: int
+
+
+def time_interleaved(calls: dict[Key, Call], device: torch.device, seconds: float) -> dict[Key, Timing]:
+    """The timing of each call. Rounds are as many as fit in `seconds`, within 5 to 30 (2 at least on a CPU); one round
+    before them warms up and measures how long a round takes."""
+    begin = time.perf_counter()
+    for call in calls.values():
+        _measure(call, device)()
+    a_round = max(time.perf_counter() - begin, 1e-6)
+    fewest = _FEWEST_ROUNDS if device.type == "cuda" else 2
+    rounds = max(fewest, min(_MOST_ROUNDS, int(seconds / a_round)))
+    pending: dict[Key, list[Callable[[], tuple[float, float]]]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            pending[key].append(_measure(call, device))
+    return {key: _timing([result() for result in results]) for key, results in pending.items()}
+
+
+def peak_bytes(call: Call, device: torch.device, inputs: int) -> int | None:
+    """Most device memory in use during `call` beyond what was in use before, plus the bytes of its `inputs`; None on a
+    CPU. Call it once before, so that compiled code and workspaces that stay are not counted."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before + inputs
+
+
+def gpu_clocks(device: torch.device) -> dict[str, Any] | None:
+    """What nvidia-smi says about the GPU now: clocks in MHz, temperature, power and throttling; None without it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in answer.strip().split(",")]
+    return {name: _number(value) for name, value in zip(_CLOCKS, values, strict=False)}
+
+
+def _number(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _measure(call: Call, device: torch.device) -> Callable[[], tuple[float, float]]:
+    """Run `call`; the result says how many milliseconds it and the host took, and waits for the device to do so."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        milliseconds = (time.perf_counter() - begin) * 1e3
+        return lambda: (milliseconds, milliseconds)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_HEAD_START_CYCLES)
+    start.record()
+    begin = time.perf_counter()
+    call()
+    host = (time.perf_counter() - begin) * 1e3
+    end.record()
+
+    def elapsed() -> tuple[float, float]:
+        end.synchronize()
+        return start.elapsed_time(end), host
+
+    return elapsed
+
+
+def _timing(found: list[tuple[float, float]]) -> Timing:
+    times = [ms for ms, _ in found]
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Timing(statistics.median(times), low, high, statistics.median(host for _, host in found), len(times))
