@@ -25,20 +25,59 @@ def layouts(draw: st.DrawFn) -> TileLayout:
     rank = draw(st.integers(1, 3))
     grid = draw(st.tuples(*[st.integers(1, 9)] * rank))
     tile = draw(st.tuples(*[st.integers(1, 5)] * rank))
-    return TileLayout(grid, tile, draw(st.integers(0, 7)), draw(st.integers(0, 7)))
+    q_tiles = draw(st.just(()) | st.tuples(*[st.integers(1, 3)] * rank))
+    return TileLayout(grid, tile, draw(st.integers(0, 7)), draw(st.integers(0, 7)), q_tiles)
+
+
+def query_blocks_in_words(layout: TileLayout) -> list[list[list[int]]]:
+    """The raster indices of each block of each query block, straight from the definition."""
+    lattice = torch.arange(math.prod(layout.grid)).reshape(layout.grid) + layout.prefix
+    boxes = []
+    steps = [t * n for t, n in zip(layout.tile, layout.q_tiles, strict=True)]
+    for box_corner in product(*map(range, [0] * len(steps), layout.grid, steps)):
+        ends = [min(c + step, g) for c, step, g in zip(box_corner, steps, layout.grid, strict=True)]
+        tiles = []
+        for corner in product(*map(range, box_corner, ends, layout.tile)):
+            box = tuple(slice(c, c + t) for c, t in zip(corner, layout.tile, strict=True))
+            tiles.append(lattice[box].flatten().tolist())
+        boxes.append(tiles)
+    size, number = math.prod(layout.tile), math.prod(layout.q_tiles)
+    before, after = range(layout.prefix), range(layout.num_tokens - layout.suffix, layout.num_tokens)
+    cut = [[list(text[i : i + size]) for i in range(0, len(text), size)] for text in (before, after)]
+    groups = [[blocks[i : i + number] for i in range(0, len(blocks), number)] for blocks in cut]
+    return [*groups[0], *boxes, *groups[1]]
 
 
 def blocks_in_words(layout: TileLayout) -> list[list[int]]:
-    """The raster indices of each block, straight from the definition."""
-    lattice = torch.arange(math.prod(layout.grid)).reshape(layout.grid) + layout.prefix
-    tiles = []
-    for corner in product(*(range(0, g, t) for g, t in zip(layout.grid, layout.tile, strict=True))):
-        box = tuple(slice(c, c + t) for c, t in zip(corner, layout.tile, strict=True))
-        tiles.append(lattice[box].flatten().tolist())
-    size = math.prod(layout.tile)
-    before, after = range(layout.prefix), range(layout.num_tokens - layout.suffix, layout.num_tokens)
-    cut = [[list(text[i : i + size]) for i in range(0, len(text), size)] for text in (before, after)]
-    return [*cut[0], *tiles, *cut[1]]
+    return [block for blocks in query_blocks_in_words(layout) for block in blocks]
+
+
+@given(layouts())
+def test_query_blocks_are_what_the_definition_says(layout: TileLayout) -> None:
+    blocks = query_blocks_in_words(layout)
+    assert layout.q_blocks.lens == tuple(sum(map(len, group)) for group in blocks)
+    lattice = set(range(layout.prefix, layout.num_tokens - layout.suffix))
+    of_the_lattice = [lattice.issuperset(group[0]) for group in blocks]
+    tiles = range(layout.q_blocks.num_blocks)[layout.q_tile_blocks]
+    assert [i for i, inside in enumerate(of_the_lattice) if inside] == list(tiles)
+
+
+def test_a_query_block_of_one_tile_changes_nothing() -> None:
+    plain = TileLayout((9, 10, 11), (4, 4, 4), 5, 70)
+    assert plain.q_tiles == (1, 1, 1)
+    assert plain.q_blocks is plain.blocks
+    assert plain.q_tile_blocks == plain.tile_blocks
+    assert TileLayout((9, 10, 11), (4, 4, 4), 5, 70, (1, 1, 1)) == plain
+    assert TileLayout((3, 4, 8), (4, 4, 4), q_tiles=(2, 3, 1)) == TileLayout((3, 4, 8), (4, 4, 4))
+
+
+def test_query_blocks_of_128_over_key_blocks_of_64() -> None:
+    layout = TileLayout((4, 8, 16), (4, 4, 4), q_tiles=(1, 1, 2))
+    assert layout.block_lens == (64,) * 8
+    assert layout.q_blocks.lens == (128,) * 4
+    first = torch.zeros(layout.grid, dtype=torch.bool).flatten()
+    first[layout.permutation[:128]] = True
+    assert first.reshape(layout.grid)[:, :4, :8].all()
 
 
 @given(layouts())
@@ -150,6 +189,8 @@ def test_layouts_are_values() -> None:
         ((64, (4,)), "grid must be a tuple of positive integers, got 64"),
         (((4.5, 4), (2, 2)), r"grid must be a tuple of positive integers.*4\.5"),
         (("44", (2, 2)), "grid must be a tuple of positive integers.*'44'"),
+        (((4, 4), (2, 2), 0, 0, (1, 2, 1)), r"q_tiles must have one number per axis, got q_tiles=\(1, 2, 1\)"),
+        (((4, 4), (2, 2), 0, 0, (0, 1)), r"q_tiles must be a tuple of positive integers.*\(0, 1\)"),
         (((4, 4), (2, 2), -1), "prefix must be a number of tokens >= 0, got -1"),
         (((4, 4), (2, 2), 0, 1.5), r"suffix must be a number of tokens >= 0, got 1\.5"),
     ],

@@ -28,13 +28,20 @@ class TileLayout:
     into blocks of at most prod(tile) tokens that never mix with the lattice. Tiles at a border that the tile does
     not divide are short blocks: nothing is padded.
 
+    Query blocks are the same blocks, unless `q_tiles` makes them larger: a box of q_tiles neighbouring tiles is then one
+    query block (of 128 tokens, say, over key blocks of 64). Block order goes through such boxes in raster order and
+    through the tiles of a box in raster order, so that a query block, too, is contiguous and queries, keys and values
+    have one order. Prefix and suffix are grouped alike, prod(q_tiles) blocks to a query block.
+
     Args:
         grid: tokens along each axis: (T, H, W) for video, (H, W) for an image, (N,) for text.
         tile: tokens of a tile along each axis, as many numbers as `grid`. A side longer than the grid is cut to it.
         prefix, suffix: tokens before and after the lattice.
+        q_tiles: tiles of a query block along each axis; () means one. A side longer than the tile grid is cut to it.
 
     Attributes:
-        blocks: lengths and offsets of all N blocks.
+        blocks: lengths and offsets of all N blocks; key blocks are these.
+        q_blocks: those of the query blocks; `blocks` itself if a query block is one tile.
 
     Raises:
         ShapeError: a number is not positive, or grid and tile differ in rank.
@@ -44,26 +51,32 @@ class TileLayout:
     tile: tuple[int, ...]
     prefix: int = 0
     suffix: int = 0
+    q_tiles: tuple[int, ...] = ()
     blocks: BlockOffsets = field(init=False, repr=False, compare=False)
+    q_blocks: BlockOffsets = field(init=False, repr=False, compare=False)
     _indices: dict[tuple[torch.device, bool], Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         grid, tile = _sides("grid", self.grid), _sides("tile", self.tile)
+        q_tiles = _sides("q_tiles", self.q_tiles or (1,) * len(tile))
         if len(grid) != len(tile):
             raise ShapeError(
                 f"grid and tile must have one number per axis each, got grid={grid} and tile={tile}; "
                 "give a tile side for each axis of the grid"
             )
+        if len(q_tiles) != len(tile):
+            raise ShapeError(f"q_tiles must have one number per axis, got q_tiles={q_tiles} for tile={tile}")
         for name in ("prefix", "suffix"):
             count = getattr(self, name)
             if not isinstance(count, int) or count < 0:
                 raise ShapeError(f"{name} must be a number of tokens >= 0, got {count!r}")
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "tile", tuple(min(t, g) for t, g in zip(tile, grid, strict=True)))
-        sides = [[min(t, g - start) for start in range(0, g, t)] for g, t in zip(grid, self.tile, strict=True)]
-        tiles = [math.prod(lens) for lens in product(*sides)]
-        lens = [*self._text_lens(self.prefix), *tiles, *self._text_lens(self.suffix)]
+        q_tiles = tuple(min(n, along) for n, along in zip(q_tiles, self.tile_grid, strict=True))
+        object.__setattr__(self, "q_tiles", q_tiles)
+        lens, q_lens = self._block_lens()
         object.__setattr__(self, "blocks", BlockOffsets(lens))
+        object.__setattr__(self, "q_blocks", self.blocks if q_lens == lens else BlockOffsets(q_lens))
         # Tensors born in inference mode could never take part in training.
         with torch.inference_mode(False):
             permutation = self._build_permutation()
@@ -115,6 +128,13 @@ class TileLayout:
         return slice(first, first + self.num_tiles)
 
     @property
+    def q_tile_blocks(self) -> slice:
+        """Which query blocks are of the lattice."""
+        first = -(-self.tile_blocks.start // math.prod(self.q_tiles))
+        tiles = math.prod(-(-along // n) for along, n in zip(self.tile_grid, self.q_tiles, strict=True))
+        return slice(first, first + tiles)
+
+    @property
     def text_blocks(self) -> tuple[int, ...]:
         """Which blocks hold prefix or suffix tokens."""
         tiles = self.tile_blocks
@@ -162,8 +182,9 @@ class TileLayout:
         device = torch.device(device)
         for inverse in (False, True):
             self._index(device, inverse=inverse)
-        for tensor in (self.blocks.on, self.blocks.lens_on, self.blocks.block_of_token, self.blocks.padded_slots):
-            tensor(device)
+        for blocks in (self.blocks, self.q_blocks):
+            for tensor in (blocks.on, blocks.lens_on, blocks.block_of_token, blocks.padded_slots):
+                tensor(device)
         return self
 
     def check(self, name: str, tokens: int) -> None:
@@ -193,11 +214,24 @@ class TileLayout:
                 self._indices[device, inverse] = found
         return found
 
+    def _block_lens(self) -> tuple[list[int], list[int]]:
+        """Tokens of each block and of each query block, in block order."""
+        axes = []
+        for g, t, n in zip(self.grid, self.tile, self.q_tiles, strict=True):
+            axes.append(_groups([min(t, g - start) for start in range(0, g, t)], n))
+        boxes = [[math.prod(sides) for sides in product(*box)] for box in product(*axes)]
+        before, after = (_groups(self._text_lens(n), math.prod(self.q_tiles)) for n in (self.prefix, self.suffix))
+        query_blocks = [*before, *boxes, *after]
+        return [n for lens in query_blocks for n in lens], [sum(lens) for lens in query_blocks]
+
     def _build_permutation(self) -> Tensor:
-        tile_of_token = torch.zeros((), dtype=torch.int64)
-        for g, t, n in zip(self.grid, self.tile, self.tile_grid, strict=True):
-            tile_of_token = tile_of_token[..., None] * n + torch.arange(g) // t
-        lattice = tile_of_token.flatten().argsort(stable=True) + self.prefix
+        box = within = torch.zeros((), dtype=torch.int64)
+        for g, t, along, n in zip(self.grid, self.tile, self.tile_grid, self.q_tiles, strict=True):
+            tile = torch.arange(g) // t
+            box = box[..., None] * -(-along // n) + tile // n
+            within = within[..., None] * n + tile % n
+        place = box * math.prod(self.q_tiles) + within
+        lattice = place.flatten().argsort(stable=True) + self.prefix
         last = self.num_tokens - self.suffix
         return torch.cat([torch.arange(self.prefix), lattice, torch.arange(last, self.num_tokens)])
 
@@ -222,6 +256,10 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         there, back = ctx.saved_tensors
         return _Reorder.apply(grads[0], ctx.dim, back, there), None, None, None
+
+
+def _groups(values: list[int], size: int) -> list[list[int]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def _sides(name: str, sides: tuple[int, ...]) -> tuple[int, ...]:

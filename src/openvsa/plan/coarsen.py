@@ -41,8 +41,8 @@ def pieces(coarse: BlockOffsets, fine: BlockOffsets) -> list[int]:
 
 
 def coarsen_lists(counts: Tensor, indices: Tensor, num_kv: int, q: int, kv: int) -> tuple[Tensor, Tensor]:
-    """Lists over groups of `q` query blocks and `kv` key blocks: the groups of all key blocks that any row of a group of
-    rows reads. Ascending, zeros past the count; at most q * K wide."""
+    """Lists over groups of `q` query blocks and `kv` key blocks: all groups of key blocks that any row of a
+    group reads. Ascending, zeros past the count; at most q * K wide."""
     num_groups = -(-num_kv // kv)
     short = -counts.shape[-1] % q
     planned = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
