@@ -1,13 +1,15 @@
-"""Budgets: what they keep, and what is refused."""
+"""Budgets: what they keep, and what is refused; facts about the machine."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
+import torch
 
 from openvsa import Budget, BudgetError
-from openvsa.config import triton_interpret
+from openvsa.config import machine_fact, triton_interpret
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,16 @@ def test_triton_interpret(value: str | None, on: bool, monkeypatch: pytest.Monke
     else:
         monkeypatch.setenv("TRITON_INTERPRET", value)
     assert triton_interpret() is on
+
+
+def test_a_machine_fact_is_compiled_in() -> None:
+    assert vars(machine_fact(lambda: None)) == vars(torch.compiler.assume_constant_result(lambda: None))
+
+    @machine_fact
+    def untraceable(device: torch.device) -> tuple[int, int] | None:
+        return (9, 0) if importlib.util.find_spec("torch") and device.type == "cpu" else None
+
+    def double_there(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if untraceable(x.device) == (9, 0) else x
+
+    assert torch.compile(double_there, fullgraph=True, backend="eager")(torch.ones(1)) == 2

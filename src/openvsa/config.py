@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from openvsa.errors import BudgetError
 
 __all__ = ["Budget"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,3 +88,13 @@ class Budget:
 def triton_interpret() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def machine_fact(function: F) -> F:
+    """Mark a function whose answers cannot change while the process runs, such as whether a package is installed:
+    torch.compile then calls it while it traces, and compiles the answer in.
+
+    This is torch.compiler.assume_constant_result without its import of Dynamo, which takes longer than all of ours.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openvsa.config import machine_fact
 from openvsa.plan import BlockPlan
 
 __all__ = ["Backend", "Problem", "capability_of"]
@@ -110,7 +111,7 @@ class Backend:
         return reasons + self.extra_reasons(problem)
 
 
-@torch.compiler.assume_constant_result
+@machine_fact
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of an NVIDIA GPU, None for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None

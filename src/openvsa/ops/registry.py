@@ -55,7 +55,7 @@ def _run_flex(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) ->
     return flex.attention(q, k, v, plan, scale)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot look for packages, and the answer is the machine's
+@config.machine_fact
 def _triton_available(device_type: str) -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["the package triton is not installed (pip install 'openvsa[triton]')"]
@@ -77,7 +77,7 @@ def _flex_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@config.machine_fact
 def _fa4_available(device_type: str) -> list[str]:
     try:
         found = TorchVersion(metadata.version("flash-attn-4"))
