@@ -1,0 +1,161 @@
+"""Kernels for Hopper GPUs (sm_90a) in CUDA C++: tensor copies, wgmma, a producer warp and consumer warpgroups.
+
+The sources lie beside this file and are compiled by NVRTC when first used (see `compiler`). Tiles of keys and values that
+several query blocks of a group need are loaded once for all of them. Both passes are deterministic: each gradient is
+summed in registers, by one warpgroup, in the order of its list.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from openvsa.ops.backends.hopper.compiler import TILE, Variant, launch, tensor_map
+from openvsa.ops.plan_tensors import PlanTensors
+
+__all__ = ["backward", "forward"]
+
+
+class _QueryProblem(ctypes.Structure):
+    """`Problem` of lists.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q_offsets", "kv_offsets", "kv_num_blocks", "kv_indices")),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "num_q_blocks",
+                "list_width",
+                "batch_step",
+                "head_step",
+                "batch",
+                "heads",
+                "kv_heads",
+                "seq_q",
+            )  # fmt: skip
+        ),
+    )
+
+
+class _KeyProblem(ctypes.Structure):
+    """`Problem` of dkv.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q_offsets", "kv_offsets", "q_starts", "q_indices")),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "num_q_blocks",
+                "num_kv_blocks",
+                "list_width",
+                "batch_step",
+                "head_step",
+                "batch",
+                "heads",
+                "kv_heads",
+                "seq_kv",
+            )  # fmt: skip
+        ),
+    )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of every query block over the key blocks of its list.
+
+    Shapes: q [B, Sq, H, D], k and v [B, Skv, Hkv, D], D 64 or 128, bfloat16 or float16. A tensor is copied only if its
+    last dimension is not contiguous or its rows do not begin at multiples of 16 bytes.
+    Returns out [B, Sq, H, D] in the dtype of q, and lse [B, H, Sq] fp32; 0 and -inf for a row that reads nothing.
+    """
+    q, k, v, scale = _positive(q, scale), _loadable(k), _loadable(v), abs(scale)
+    plan = _contiguous(plan)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    variant = Variant.of("forward", q, plan)
+    with torch.cuda.device_of(q):
+        launch(
+            variant, _tiles(plan.q_offsets, variant.q_pieces, variant) * q.shape[2] * q.shape[0],
+            tensor_map(k), tensor_map(v), _query_problem(q, k, plan), q, out, lse, _counter(q), *_steps(q), scale,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: PlanTensors, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward`: dq, dk, dv in the dtypes and shapes of q, k, v.
+
+    do [B, Sq, H, D] in the dtype of q; dlse, lse [B, H, Sq] fp32. The plan must carry its transpose. Deterministic.
+    """
+    assert plan.q_starts is not None
+    assert plan.q_indices is not None
+    negative = scale < 0
+    q, k, v, do, out, scale = _positive(q, scale), _loadable(k), _loadable(v), _loadable(do), _loadable(out), abs(scale)
+    lse, dlse, plan = lse.contiguous(), dlse.contiguous(), _contiguous(plan)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    batch, _seq_q, heads, _ = q.shape
+    num_q_blocks, width = plan.kv_indices.shape[2:]
+    first, second = Variant.of("dq", q, plan), Variant.of("dkv", q, plan)
+    row_values = torch.empty(batch, heads, num_q_blocks * first.q_pieces, 2, TILE, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        launch(
+            first, _tiles(plan.q_offsets, first.q_pieces, first) * heads * batch,
+            tensor_map(k), tensor_map(v), tensor_map(do), _query_problem(q, k, plan), q, out, do, dq, lse, dlse,
+            row_values, _counter(q), *_steps(q), *_steps(out), *_steps(do), scale,
+        )  # fmt: skip
+        launch(
+            second, _tiles(plan.kv_offsets, second.kv_pieces, second) * k.shape[2] * batch,
+            tensor_map(q), tensor_map(do), tensor_map(k), tensor_map(v),
+            _KeyProblem(
+                plan.q_offsets.data_ptr(), plan.kv_offsets.data_ptr(), plan.q_starts.data_ptr(),
+                plan.q_indices.data_ptr(), num_q_blocks, plan.kv_offsets.numel() - 1, num_q_blocks * width,
+                *_plan_steps(plan), batch, heads, k.shape[2], k.shape[1],
+            ),
+            row_values, dk, dv, _counter(q), scale,
+        )  # fmt: skip
+    return -dq if negative else dq, dk, dv
+
+
+def _positive(q: Tensor, scale: float) -> Tensor:
+    # The kernels look for the largest score before scaling.
+    return _loadable(-q if scale < 0 else q)
+
+
+def _loadable(x: Tensor) -> Tensor:
+    """x itself, or a copy if a tensor copy cannot read it."""
+    strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 and 0 < stride < 2**38 for stride in strides)
+    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _steps(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, token and head."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _counter(x: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=x.device)
+
+
+def _tiles(offsets: Tensor, pieces: int, variant: Variant) -> int:
+    """Work items of one head."""
+    return -(-(offsets.numel() - 1) * pieces // variant.consumers)
+
+
+def _contiguous(plan: PlanTensors) -> PlanTensors:
+    return plan._replace(kv_num_blocks=plan.kv_num_blocks.contiguous(), kv_indices=plan.kv_indices.contiguous())
+
+
+def _plan_steps(plan: PlanTensors) -> tuple[int, int]:
+    batches, heads = plan.kv_num_blocks.shape[:2]
+    return heads if batches > 1 else 0, 1 if heads > 1 else 0
+
+
+def _query_problem(q: Tensor, k: Tensor, plan: PlanTensors) -> _QueryProblem:
+    num_q_blocks, width = plan.kv_indices.shape[2:]
+    return _QueryProblem(
+        plan.q_offsets.data_ptr(), plan.kv_offsets.data_ptr(), plan.kv_num_blocks.data_ptr(),
+        plan.kv_indices.data_ptr(), num_q_blocks, width, *_plan_steps(plan), q.shape[0], q.shape[2], k.shape[2],
+        q.shape[1],
+    )  # fmt: skip

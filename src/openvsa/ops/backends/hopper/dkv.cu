@@ -1,0 +1,194 @@
+// Backward, second pass: the gradients of k and v, by key block, over the query blocks that read it. One consumer
+// warpgroup holds 64 key rows; scores are multiplied transposed, so that weights are left operands.
+
+struct Problem {
+    const int* q_offsets;   // [num_q_blocks + 1]
+    const int* kv_offsets;  // [num_kv_blocks + 1]
+    const int* q_starts;    // [plan batch, plan heads, num_kv_blocks + 1]
+    const int* q_indices;   // [plan batch, plan heads, list_width], readers of each key block, ascending
+    int num_q_blocks, num_kv_blocks, list_width;
+    int batch_step, head_step;  // how many lists of one head a step of batch or head moves; 0 where broadcast
+    int batch, heads, kv_heads, seq_kv;
+};
+
+__device__ __forceinline__ int groups_per_head(const Problem& problem) {
+    return (problem.num_kv_blocks * KV_PIECES + CONSUMERS - 1) / CONSUMERS;
+}
+
+struct Item {
+    int batch, head, group;  // head: of the keys
+    __device__ __forceinline__ Item(int number, const Problem& problem) {
+        int groups = groups_per_head(problem);
+        group = number % groups;
+        head = number / groups % problem.kv_heads;
+        batch = number / groups / problem.kv_heads;
+    }
+};
+
+// The 64 key rows of one consumer; length 0 if there are none.
+struct Rows {
+    int start, length;
+    __device__ __forceinline__ Rows(const Item& item, int consumer, const Problem& problem) : start(0), length(0) {
+        int tile = item.group * CONSUMERS + consumer;
+        int block = tile / KV_PIECES;
+        if (block < problem.num_kv_blocks) start = piece_of(problem.kv_offsets, block, tile % KV_PIECES, length);
+        length = max(length, 0);
+    }
+};
+
+struct alignas(1024) Memory {
+    Ring ring;
+    char own[CONSUMERS][2][TILE_BYTES];  // each consumer's keys and values
+    uint64 own_full[CONSUMERS][2];
+};
+
+__device__ __forceinline__ void produce(Ring& ring, const Problem& problem, const TensorMap* q_map,
+                                        const TensorMap* grad_map, const float* row_values, int* next_item) {
+    Position position;
+    int items = groups_per_head(problem) * problem.kv_heads * problem.batch;
+    int members = problem.heads / problem.kv_heads;
+    while (true) {
+        int number = atomicAdd(next_item, 1);
+        if (number >= items) break;
+        Item item(number, problem);
+        announce(ring, position, number);
+        for (int member = 0; member < members; ++member) {
+            int head = item.head * members + member;
+            int64 plan = item.batch * problem.batch_step + head * problem.head_step;
+            const int* starts = problem.q_starts + plan * (problem.num_kv_blocks + 1);
+            const int* indices = problem.q_indices + plan * problem.list_width;
+            Lists lists;
+#pragma unroll
+            for (int c = 0; c < CONSUMERS; ++c) {
+                Rows rows(item, c, problem);
+                int block = min((item.group * CONSUMERS + c) / KV_PIECES, problem.num_kv_blocks - 1);
+                lists.set(c, indices + starts[block], rows.length > 0 ? starts[block + 1] - starts[block] : 0);
+            }
+            int64 first_tile = int64(item.batch * problem.heads + head) * problem.num_q_blocks * Q_PIECES;
+            int block, consumers;
+            while (lists.pop(block, consumers)) {
+                for (int piece = 0; piece < Q_PIECES; ++piece) {
+                    int length;
+                    int start = piece_of(problem.q_offsets, block, piece, length);
+                    if (length <= 0) break;
+                    int stage = position.stage;
+                    barrier_wait(&ring.empty[stage], position.phase ^ 1);
+                    ring.slots[stage] = {NOT_AN_ITEM, consumers, length};
+                    barrier_expect(&ring.full[stage], 2 * TILE_BYTES + 2 * TILE * 4);
+                    copy_tile(ring.tiles[stage][0], q_map, &ring.full[stage], start, head, item.batch);
+                    copy_tile(ring.tiles[stage][1], grad_map, &ring.full[stage], start, head, item.batch);
+                    copy_bytes(ring.rows[stage], row_values + (first_tile + block * Q_PIECES + piece) * 2 * TILE,
+                               &ring.full[stage], 2 * TILE * 4);
+                    position.advance();
+                }
+            }
+        }
+    }
+    announce(ring, position, -1);
+}
+
+__device__ __forceinline__ void consume(Memory& memory, const Problem& problem, const TensorMap* k_map,
+                                        const TensorMap* v_map, half_bits* dk, half_bits* dv, float scale,
+                                        int consumer) {
+    Ring& ring = memory.ring;
+    Lane lane;
+    Position position;
+    uint32 own_phase = 0;
+    int number = -1;
+    next_slot<NOT_HOLDING>(ring, position, consumer, number);
+    while (number >= 0) {
+        Item item(number, problem);
+        Rows rows(item, consumer, problem);
+        char* k_tile = memory.own[consumer][0];
+        char* v_tile = memory.own[consumer][1];
+        if (rows.length > 0) {
+            load_own(k_tile, k_map, &memory.own_full[consumer][0], rows.start, item.head, item.batch, consumer);
+            load_own(v_tile, v_map, &memory.own_full[consumer][1], rows.start, item.head, item.batch, consumer);
+            barrier_wait(&memory.own_full[consumer][0], own_phase);
+            barrier_wait(&memory.own_full[consumer][1], own_phase);
+            own_phase ^= 1;
+        }
+        float dk_sum[HEAD_DIM / 2], dv_sum[HEAD_DIM / 2];
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; ++i) dk_sum[i] = dv_sum[i] = 0;
+
+        while (true) {
+            int stage = next_slot<NOT_HOLDING>(ring, position, consumer, number);
+            if (stage < 0) break;
+            clear_tails(ring, stage, consumer);
+            float s[32], dp[32];
+            uint32 p[16], ds[16];
+            wgmma_fence();
+            multiply_over_head_dim(s, k_tile, ring.tiles[stage][0]);
+            wgmma_commit();
+            multiply_over_head_dim(dp, v_tile, ring.tiles[stage][1]);
+            wgmma_commit();
+            const float* row_lse = ring.rows[stage][0];
+            const float* delta = ring.rows[stage][1];
+            wgmma_wait<1>();
+            pin(s);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float2 lse = *reinterpret_cast<const float2*>(row_lse + 8 * i + lane.column);
+                s[4 * i] = exp2_approx(fmaf(s[4 * i], scale * LOG2_E, -lse.x));
+                s[4 * i + 1] = exp2_approx(fmaf(s[4 * i + 1], scale * LOG2_E, -lse.y));
+                s[4 * i + 2] = exp2_approx(fmaf(s[4 * i + 2], scale * LOG2_E, -lse.x));
+                s[4 * i + 3] = exp2_approx(fmaf(s[4 * i + 3], scale * LOG2_E, -lse.y));
+            }
+            pack_operand(p, s);
+            wgmma_wait<0>();
+            pin(dp);
+            pin(p);
+            pin(dv_sum);
+            wgmma_fence();
+            multiply_over_tokens(dv_sum, p, ring.tiles[stage][1]);
+            wgmma_commit();
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float2 row_delta = *reinterpret_cast<const float2*>(delta + 8 * i + lane.column);
+                s[4 * i] *= dp[4 * i] - row_delta.x;
+                s[4 * i + 1] *= dp[4 * i + 1] - row_delta.y;
+                s[4 * i + 2] *= dp[4 * i + 2] - row_delta.x;
+                s[4 * i + 3] *= dp[4 * i + 3] - row_delta.y;
+            }
+            pack_operand(ds, s);
+            pin(ds);
+            pin(dk_sum);
+            wgmma_fence();
+            multiply_over_tokens(dk_sum, ds, ring.tiles[stage][0]);
+            wgmma_commit();
+            wgmma_wait<0>();
+            pin(dk_sum);
+            pin(dv_sum);
+            release(ring, stage);
+        }
+
+        int64 row = int64(problem.kv_heads) * HEAD_DIM;
+        int64 first = (int64(item.batch) * problem.seq_kv + rows.start) * row + item.head * HEAD_DIM;
+        store_rows(dk + first, row, rows.length, lane, dk_sum, scale, scale);
+        store_rows(dv + first, row, rows.length, lane, dv_sum, 1.0f, 1.0f);
+    }
+}
+
+static_assert(sizeof(Memory) + 1024 <= SHARED_BYTES, "the tiles do not fit");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    key_gradient(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap grad_map,
+                 const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+                 const __grid_constant__ Problem problem, const float* row_values, half_bits* dk, half_bits* dv,
+                 int* next_item, float scale) {
+    extern __shared__ char bytes[];
+    Memory& memory = *reinterpret_cast<Memory*>((reinterpret_cast<uint64>(bytes) + 1023) & ~uint64(1023));
+    if (threadIdx.x == 0) {
+        for (int c = 0; c < CONSUMERS; ++c) for (int i = 0; i < 2; ++i) barrier_init(&memory.own_full[c][i], 1);
+        ring_init(memory.ring);
+    }
+    __syncthreads();
+    if (threadIdx.x >= 128 * CONSUMERS) {
+        give_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 128 * CONSUMERS) produce(memory.ring, problem, &q_map, &grad_map, row_values, next_item);
+    } else {
+        take_registers<CONSUMER_REGISTERS>();
+        consume(memory, problem, &k_map, &v_map, dk, dv, scale, threadIdx.x / 128);
+    }
+}

@@ -1,0 +1,161 @@
+// Backward, first pass: the gradient of q, by the lists of the forward pass, with no sums in global memory. It also
+// leaves for the second pass what that needs of each query row: lse and delta, in tiles of 64 rows.
+
+// s: scores in, their gradients out.
+__device__ __forceinline__ void score_gradient(float (&s)[32], const float (&dp)[32], const float (&row_lse)[2],
+                                               const float (&delta)[2], float scale, int length, Lane lane) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        int r = i >> 1 & 1;
+        s[i] = exp2_approx(fmaf(s[i], scale, -row_lse[r])) * (dp[i] - delta[r]);
+    }
+    if (length < TILE)
+#pragma unroll
+        for (int i = 0; i < 32; ++i)
+            if ((i >> 2) * 8 + lane.column + (i & 1) >= length) s[i] = 0;
+}
+
+struct alignas(1024) Memory {
+    Ring ring;
+    char own[CONSUMERS][TILE_BYTES];  // each consumer's rows of the gradient of out
+    uint64 own_full[CONSUMERS];
+};
+
+__device__ __forceinline__ void consume(Memory& memory, const Problem& problem, const TensorMap* grad_map, const half_bits* q, const half_bits* out,
+                                        const half_bits* grad, half_bits* dq, const float* lse, const float* dlse,
+                                        float* row_values, int64 q_batch, int64 q_row, int64 q_head, int64 out_batch,
+                                        int64 out_row, int64 out_head, int64 grad_batch, int64 grad_row,
+                                        int64 grad_head, float scale, int consumer) {
+    Ring& ring = memory.ring;
+    const void* grad_tile = memory.own[consumer];
+    Lane lane;
+    Position position;
+    uint32 own_phase = 0;
+    int number = -1;
+    next_slot<NOT_HOLDING>(ring, position, consumer, number);
+    while (number >= 0) {
+        Item item(number, problem);
+        Rows rows(item, consumer, problem);
+        uint32 q_operand[HEAD_DIM / 4];
+        float row_lse[2], delta[2];
+        if (rows.length > 0) {
+            load_own(memory.own[consumer], grad_map, &memory.own_full[consumer], rows.start, item.head, item.batch,
+                     consumer);
+            uint32 grad_operand[HEAD_DIM / 4];
+            load_operand(q_operand, out + item.batch * out_batch + item.head * out_head + rows.start * out_row, out_row,
+                         rows.length, lane);
+            load_operand(grad_operand, grad + item.batch * grad_batch + item.head * grad_head + rows.start * grad_row,
+                         grad_row, rows.length, lane);
+            int64 first_row = int64(item.batch * problem.heads + item.head) * problem.seq_q + rows.start;
+            int64 first_tile = int64(item.batch * problem.heads + item.head) * problem.num_q_blocks * Q_PIECES +
+                               item.group * CONSUMERS + consumer;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float product = 0;
+#pragma unroll
+                for (int i = 0; i < HEAD_DIM / 8; ++i) {
+                    uint32 a = q_operand[2 * i + r], b = grad_operand[2 * i + r];
+                    product = fmaf(unpack_low(a), unpack_low(b), product);
+                    product = fmaf(unpack_high(a), unpack_high(b), product);
+                }
+                int row = lane.row + 8 * r;
+                bool inside = row < rows.length;
+                product = quad_sum(product);
+                int64 at = first_row + (inside ? row : 0);
+                row_lse[r] = inside ? lse[at] * LOG2_E : INFINITE;
+                delta[r] = inside ? product - dlse[at] : 0.0f;
+                if (lane.column == 0) {
+                    float* tile = row_values + first_tile * 2 * TILE;
+                    tile[row] = row_lse[r];
+                    tile[TILE + row] = delta[r];
+                }
+            }
+            load_operand(q_operand, q + item.batch * q_batch + item.head * q_head + rows.start * q_row, q_row,
+                         rows.length, lane);
+            barrier_wait(&memory.own_full[consumer], own_phase);
+            own_phase ^= 1;
+        }
+        float d[HEAD_DIM / 2];
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; ++i) d[i] = 0;
+        float s[32], dp[32];
+        uint32 ds[16];
+
+        int next = TOO_FAR;
+        while (next != ITEM_ENDS) {
+            int stage = next_slot<NOT_HOLDING>(ring, position, consumer, number);
+            if (stage < 0) break;
+            clear_tails(ring, stage, consumer);
+            pin(q_operand);
+            wgmma_fence();
+            multiply_over_head_dim(s, q_operand, ring.tiles[stage][0]);
+            multiply_over_head_dim(dp, grad_tile, ring.tiles[stage][1]);
+            wgmma_commit();
+            wgmma_wait<0>();
+            pin(s);
+            pin(dp);
+            score_gradient(s, dp, row_lse, delta, scale * LOG2_E, ring.slots[stage].length, lane);
+            pack_operand(ds, s);
+            while ((next = next_slot<HOLDING>(ring, position, consumer, number)) >= 0) {
+                clear_tails(ring, next, consumer);
+                pin(s);
+                pin(dp);
+                pin(ds);
+                pin(d);
+                wgmma_fence();
+                multiply_over_head_dim(s, q_operand, ring.tiles[next][0]);
+                multiply_over_head_dim(dp, grad_tile, ring.tiles[next][1]);
+                wgmma_commit();
+                multiply_over_tokens(d, ds, ring.tiles[stage][0]);
+                wgmma_commit();
+                wgmma_wait<1>();
+                pin(s);
+                pin(dp);
+                score_gradient(s, dp, row_lse, delta, scale * LOG2_E, ring.slots[next].length, lane);
+                wgmma_wait<0>();
+                pin(d);
+                pin(ds);
+                release(ring, stage);
+                pack_operand(ds, s);
+                stage = next;
+            }
+            pin(ds);
+            pin(d);
+            wgmma_fence();
+            multiply_over_tokens(d, ds, ring.tiles[stage][0]);
+            wgmma_commit();
+            wgmma_wait<0>();
+            pin(d);
+            release(ring, stage);
+        }
+
+        int64 dq_row = int64(problem.heads) * HEAD_DIM;
+        half_bits* dq_rows = dq + (int64(item.batch) * problem.seq_q + rows.start) * dq_row + item.head * HEAD_DIM;
+        store_rows(dq_rows, dq_row, rows.length, lane, d, scale, scale);
+    }
+}
+
+static_assert(sizeof(Memory) + 1024 <= SHARED_BYTES, "the tiles do not fit");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    query_gradient(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+                   const __grid_constant__ TensorMap grad_map, const __grid_constant__ Problem problem, const half_bits* q, const half_bits* out,
+                   const half_bits* grad, half_bits* dq, const float* lse, const float* dlse, float* row_values,
+                   int* next_item, int64 q_batch, int64 q_row, int64 q_head, int64 out_batch, int64 out_row,
+                   int64 out_head, int64 grad_batch, int64 grad_row, int64 grad_head, float scale) {
+    extern __shared__ char bytes[];
+    Memory& memory = *reinterpret_cast<Memory*>((reinterpret_cast<uint64>(bytes) + 1023) & ~uint64(1023));
+    if (threadIdx.x == 0) {
+        for (int c = 0; c < CONSUMERS; ++c) barrier_init(&memory.own_full[c], 1);
+        ring_init(memory.ring);
+    }
+    __syncthreads();
+    if (threadIdx.x >= 128 * CONSUMERS) {
+        give_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 128 * CONSUMERS) produce(memory.ring, problem, &k_map, &v_map, next_item);
+    } else {
+        take_registers<CONSUMER_REGISTERS>();
+        consume(memory, problem, &grad_map, q, out, grad, dq, lse, dlse, row_values, q_batch, q_row, q_head, out_batch,
+                out_row, out_head, grad_batch, grad_row, grad_head, scale, threadIdx.x / 128);
+    }
+}
