@@ -21,14 +21,15 @@ Rope = Callable[[Tensor], Tensor]
 class VideoSparseAttention(nn.Module):
     """Multi-head self-attention over a video lattice that computes only the tiles that matter.
 
-    Projections, QK-norm, RoPE, `video_sparse_attention`, output projection. `budget`, `density`, `tile`, `selector`
-    and `backend` are plain settings that may be changed at any time; they hold no state and no weights.
+    Projections, QK-norm, RoPE, `video_sparse_attention`, output projection. `budget`, `density`, `tile`, `q_tiles`,
+    `selector` and `backend` are plain settings that may be changed at any time; they hold no state and no weights.
 
     Args:
         dim: channels of the hidden states.
         num_heads: query heads; head_dim is dim // num_heads.
         tile: tokens of a tile along each axis of the lattice, or "fit" for the tile that leaves the fewest blocks.
         budget: how many key tiles each query tile keeps (default: one eighth).
+        q_tiles: tiles of a query block along each axis, as in TileLayout; () means one.
         num_kv_heads: key and value heads; None means num_heads.
         branch: whether there is a compressed branch. Its weight is a linear map of the hidden states, initialised
             to zero, so that a dense model that adopts this module starts out unchanged at density 1.
@@ -48,6 +49,7 @@ class VideoSparseAttention(nn.Module):
         tile: tuple[int, ...] | str = (4, 4, 4),
         budget: Budget | None = None,
         *,
+        q_tiles: tuple[int, ...] = (),
         num_kv_heads: int | None = None,
         branch: bool = True,
         qk_norm: Callable[[int], nn.Module] | None = nn.RMSNorm,
@@ -63,7 +65,7 @@ class VideoSparseAttention(nn.Module):
                 f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
             )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        self.tile = tile
+        self.tile, self.q_tiles = tile, tuple(q_tiles)
         self.budget = budget or Budget(keep_ratio=0.125)
         self.selector, self.backend = selector, backend
         kv_dim = self.head_dim * num_kv_heads
@@ -90,7 +92,7 @@ class VideoSparseAttention(nn.Module):
     def layout(self, grid: tuple[int, ...], prefix: int = 0, suffix: int = 0) -> TileLayout:
         """The layout this module uses for a lattice."""
         tile = self.tile if isinstance(self.tile, str) else tuple(self.tile)
-        return _layout(tuple(grid), tile, prefix, suffix, self.to_q.weight.device)
+        return _layout(tuple(grid), tile, prefix, suffix, tuple(self.q_tiles), self.to_q.weight.device)
 
     def forward(
         self, x: Tensor, grid: tuple[int, ...], rope: Rope | None = None, *, prefix: int = 0, suffix: int = 0
@@ -132,9 +134,9 @@ class VideoSparseAttention(nn.Module):
         kept = {name: value for name, value in vars(self.budget).items() if value not in (None, False, 0)}
         keeps = ", ".join(f"{name}={value}" for name, value in kept.items() if (name, value) != ("min_blocks", 1))
         branch = "with" if self.to_branch_weight is not None else "without"
+        tiles = f"tile={self.tile}" + (f", q_tiles={self.q_tiles}" if self.q_tiles else "")
         return (
-            f"{heads} of {self.head_dim}, tile={self.tile}, keeps {keeps}, {branch} compressed branch, "
-            f"backend={self.backend!r}"
+            f"{heads} of {self.head_dim}, {tiles}, keeps {keeps}, {branch} compressed branch, backend={self.backend!r}"
         )
 
 
@@ -143,17 +145,21 @@ _LAYOUTS: dict[tuple[object, ...], TileLayout] = {}
 
 
 def _layout(
-    grid: tuple[int, ...], tile: tuple[int, ...] | str, prefix: int, suffix: int, device: torch.device
+    grid: tuple[int, ...],
+    tile: tuple[int, ...] | str,
+    prefix: int,
+    suffix: int,
+    q_tiles: tuple[int, ...],
+    device: torch.device,
 ) -> TileLayout:
-    key = (grid, tile, prefix, suffix, device)
+    key = (grid, tile, prefix, suffix, q_tiles, device)
     found = _LAYOUTS.get(key)
     if found is None:
         if tile == "fit":
-            found = TileLayout.fit(grid, prefix=prefix, suffix=suffix)
+            tile = TileLayout.fit(grid).tile
         elif isinstance(tile, str):
             raise ShapeError(f"tile must be a tuple of sides or 'fit', got {tile!r}")
-        else:
-            found = TileLayout(grid, tile, prefix, suffix)
+        found = TileLayout(grid, tile, prefix, suffix, q_tiles)
         if not torch.compiler.is_compiling():
             _LAYOUTS[key] = found.on(device)
     return found
