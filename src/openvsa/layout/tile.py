@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from openvsa.errors import ShapeError
+from openvsa.layout.device import has_kernels
 from openvsa.layout.fit import best_tile
 from openvsa.layout.offsets import BlockOffsets
+from openvsa.layout.reorder import from_blocks, to_blocks
 
 __all__ = ["TileLayout"]
 
@@ -131,7 +133,7 @@ class TileLayout:
     def q_tile_blocks(self) -> slice:
         """Which query blocks are of the lattice."""
         first = -(-self.tile_blocks.start // math.prod(self.q_tiles))
-        tiles = math.prod(-(-along // n) for along, n in zip(self.tile_grid, self.q_tiles, strict=True))
+        tiles = math.prod([-(-along // n) for along, n in zip(self.tile_grid, self.q_tiles, strict=True)])
         return slice(first, first + tiles)
 
     @property
@@ -202,8 +204,17 @@ class TileLayout:
         if not -x.dim() <= dim < x.dim():
             raise ShapeError(f"dim {dim} does not exist in a tensor of shape {tuple(x.shape)}")
         self.check(f"dimension {dim} of a tensor of shape {tuple(x.shape)}", x.shape[dim])
+        if x.dim() == 4 and dim % 4 == 1 and has_kernels(x):
+            index, offsets = self.index_on(x.device), self.blocks.on(x.device)
+            if inverse:
+                return from_blocks(x, None, None, index, offsets, self.blocks.max_len, 0)
+            return to_blocks(x, index, offsets, self.blocks.max_len, True, False)[0]
         there, back = self._index(x.device, inverse=inverse), self._index(x.device, inverse=not inverse)
         return _Reorder.apply(x, dim, there, back)
+
+    def index_on(self, device: torch.device) -> Tensor:
+        """`permutation` on `device`; copied there once."""
+        return self._index(device, inverse=False)
 
     def _index(self, device: torch.device, *, inverse: bool) -> Tensor:
         found = self._indices.get((device, inverse))

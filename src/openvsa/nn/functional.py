@@ -6,13 +6,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from openvsa.config import Budget
 from openvsa.errors import ShapeError
-from openvsa.layout import TileLayout
+from openvsa.layout import BlockOffsets, TileLayout
 from openvsa.ops import block_sparse_attention
 from openvsa.ops.attention import check_qkv
-from openvsa.select import PooledTopK, Selector, pool_mean, pooled_scores, spread
+from openvsa.plan.rank import row_chunks
+from openvsa.select import PooledTopK, Selector, permute_pool, pooled_scores, unpermute_add
 
 __all__ = ["compressed_attention", "video_sparse_attention"]
 
@@ -64,28 +66,61 @@ def video_sparse_attention(
             f"{tuple(branch_weight.shape)}"
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    q, k, v = (layout.permute(x) for x in (q, k, v))
-    if branch_weight is None:
-        plan = (selector or PooledTopK(scale))(q, k, layout, budget)
-        return layout.unpermute(block_sparse_attention(q, k, v, plan, scale=scale, backend=backend))
-
-    tiles = layout.tile_blocks
-    q_pooled, k_pooled, v_pooled = (pool_mean(x, layout.blocks)[:, tiles] for x in (q, k, v))
-    if selector is None:
-        plan = PooledTopK(scale).plan(q_pooled, k_pooled, layout, budget)
+    selector = PooledTopK(scale) if selector is None else selector
+    ours = type(selector) is PooledTopK
+    # Means come with the permutation, in one pass, where something needs them.
+    branch = branch_weight is not None
+    q, q_pooled = _in_blocks(q, layout, layout.q_blocks, layout.q_tile_blocks, pool=ours or branch)
+    k, k_pooled = _in_blocks(k, layout, layout.blocks, layout.tile_blocks, pool=ours or branch)
+    v, v_pooled = _in_blocks(v, layout, layout.blocks, layout.tile_blocks, pool=branch)
+    if ours:
+        assert q_pooled is not None
+        assert k_pooled is not None
+        plan = selector.plan(q_pooled, k_pooled, layout, budget)
     else:
         plan = selector(q, k, layout, budget)
     out = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
-    compressed = compressed_attention(q_pooled, k_pooled, v_pooled, scale).to(out.dtype)
-    text_before, text_after = tiles.start, layout.num_blocks - tiles.stop
-    compressed = torch.nn.functional.pad(compressed, (0, 0, 0, 0, text_before, text_after))
-    compressed = layout.permute(branch_weight) * spread(compressed, layout.blocks)
-    return layout.unpermute((out + compressed).to(out.dtype))
+    if branch_weight is None:
+        return layout.unpermute(out)
+    assert q_pooled is not None
+    assert k_pooled is not None
+    assert v_pooled is not None
+    compressed = compressed_attention(q_pooled, k_pooled, v_pooled, scale)
+    return unpermute_add(out, layout, branch_weight, compressed)
+
+
+def _in_blocks(
+    x: Tensor, layout: TileLayout, blocks: BlockOffsets, tiles: slice, *, pool: bool
+) -> tuple[Tensor, Tensor | None]:
+    """x in block order and, if asked for, the means of those `blocks` that are `tiles`, [B, tiles, H, D]."""
+    if not pool:
+        return layout.permute(x), None
+    moved, means = permute_pool(x, layout, blocks)
+    return moved, means[:, tiles]
 
 
 def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, scale: float) -> Tensor:
-    """Attention between tile means: q_pooled [B, N, H, D], k_pooled [B, N, Hkv, D], v_pooled [B, N, Hkv, Dv] to
-    [B, N, H, Dv], in the dtype of the means. Tiles count alike, however many tokens they hold (VSA, section 2.2)."""
+    """Attention between tile means: q_pooled [B, NQ, H, D], k_pooled [B, NK, Hkv, D], v_pooled [B, NK, Hkv, Dv] to
+    [B, NQ, H, Dv], in the dtype of the means. Tiles count alike, however many tokens they hold (VSA, section 2.2).
+
+    At most `openvsa.plan.rank.MAX_SCORES` scores exist at a time, here and in the backward pass.
+    """
+    batch, num_q, heads, _ = q_pooled.shape
+    chunks = row_chunks(num_q, batch * heads * k_pooled.shape[1])
+    if len(chunks) == 1:
+        return _compressed_rows(q_pooled, k_pooled, v_pooled, scale)
+    # Backward computes the scores of a chunk again: kept, they would all exist at a time.
+    rows = [
+        checkpoint(
+            _compressed_rows, q_pooled[:, start:stop], k_pooled, v_pooled, scale,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        for start, stop in chunks
+    ]  # fmt: skip
+    return torch.cat(rows, 1)
+
+
+def _compressed_rows(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, scale: float) -> Tensor:
     p = pooled_scores(q_pooled, k_pooled, scale).softmax(-1)
     v_pooled = v_pooled.repeat_interleave(q_pooled.shape[2] // v_pooled.shape[2], dim=2)
     with torch.autocast(p.device.type, enabled=False):

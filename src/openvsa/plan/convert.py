@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openvsa.errors import PlanError, require
 from openvsa.layout import BlockOffsets
+from openvsa.layout.device import kernels_on
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -82,8 +83,11 @@ def _check_starts(starts: Tensor, indices: Tensor) -> None:
 def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
     """The readers of each key block as compressed rows: starts [..., NK + 1], ascending readers [..., NQ * K].
 
-    A stable sort of all entries by key block keeps the query blocks ascending within each, and needs no atomics.
+    A stable sort of all entries by key block keeps the query blocks ascending within each, and needs no atomics. On a
+    GPU a kernel finds the readers by bisection of the lists instead, which is as deterministic and needs no sort.
     """
+    if kernels_on(indices.device):
+        return _transpose_lists(counts, indices, num_kv)
     width = indices.shape[-1]
     planned = torch.arange(width, device=indices.device) < counts[..., None]
     key_block = torch.where(planned, indices, num_kv).flatten(-2)
@@ -92,6 +96,19 @@ def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tenso
     edges = edges.expand(*key_block.shape[:-1], -1).contiguous()
     starts = torch.searchsorted(key_block.contiguous(), edges, out_int32=True)
     return starts, (order // width).int()
+
+
+@torch.library.custom_op("openvsa::transpose_lists", mutates_args=())
+def _transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
+    from openvsa.plan import kernels
+
+    return kernels.transpose_lists(counts, indices, num_kv)
+
+
+@_transpose_lists.register_fake
+def _(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
+    num_q, width = indices.shape[-2:]
+    return counts.new_empty((*counts.shape[:-1], num_kv + 1)), counts.new_empty((*counts.shape[:-1], num_q * width))
 
 
 def lists_to_flex(counts: Tensor, indices: Tensor, q_blocks: BlockOffsets, kv_blocks: BlockOffsets) -> BlockMask:

@@ -8,9 +8,44 @@ import torch
 from torch import Tensor
 
 from openvsa.errors import ShapeError
-from openvsa.layout import BlockOffsets
+from openvsa.layout import BlockOffsets, TileLayout
+from openvsa.layout.device import has_kernels
+from openvsa.layout.reorder import from_blocks, to_blocks
 
-__all__ = ["pool_mean", "spread"]
+__all__ = ["permute_pool", "pool_mean", "spread", "unpermute_add"]
+
+
+def permute_pool(x: Tensor, layout: TileLayout, blocks: BlockOffsets) -> tuple[Tensor, Tensor]:
+    """`layout.permute(x)` and its `pool_mean` over `blocks` (those of the layout's keys or queries), for x [B, S, H, D]
+    in raster order: block order [B, S, H, D] and means [B, N, H, D]. On a GPU both come from one pass over x, and so
+    does their gradient.
+
+    Raises:
+        ShapeError: x is not [B, S, H, D] with the S of the layout.
+    """
+    if x.dim() != 4 or not has_kernels(x):
+        moved = layout.permute(x)
+        return moved, pool_mean(moved, blocks)
+    layout.check("x", x.shape[1])
+    moved, means = to_blocks(x, layout.index_on(x.device), blocks.on(x.device), blocks.max_len, True, True)
+    return moved, means.transpose(1, 2)
+
+
+def unpermute_add(x: Tensor, layout: TileLayout, weight: Tensor, rows: Tensor) -> Tensor:
+    """`layout.unpermute(x)` plus weight times the row of each token's query block; text tokens have none.
+
+    x [B, S, H, D] in block order, weight [B, S, H, D] in raster order, rows [B, n, H, D] of the n query blocks that are
+    tiles. Returns raster order in the dtype of x. On a GPU it is one pass that adds in fp32 and rounds once, and so is
+    its gradient.
+    """
+    tiles, blocks = layout.q_tile_blocks, layout.q_blocks
+    if has_kernels(x, weight, rows):
+        index = layout.index_on(x.device)
+        return from_blocks(x, rows, weight, index, blocks.on(x.device), blocks.max_len, tiles.start)
+    text_before, text_after = tiles.start, blocks.num_blocks - tiles.stop
+    rows = torch.nn.functional.pad(rows.to(x.dtype), (0, 0, 0, 0, text_before, text_after))
+    added = layout.permute(weight) * spread(rows, blocks)
+    return layout.unpermute((x + added).to(x.dtype))
 
 
 def pool_mean(x: Tensor, blocks: BlockOffsets) -> Tensor:
@@ -24,6 +59,8 @@ def pool_mean(x: Tensor, blocks: BlockOffsets) -> Tensor:
     """
     if x.dim() != 4 or x.shape[1] != blocks.num_tokens:
         raise ShapeError(f"x must be [B, {blocks.num_tokens}, H, D] for {blocks}, got shape {tuple(x.shape)}")
+    if has_kernels(x):
+        return to_blocks(x, None, blocks.on(x.device), blocks.max_len, False, True)[1].transpose(1, 2)
     x = x if x.dtype == torch.float64 else x.float()
     size = blocks.uniform_len
     if size is not None and blocks.num_tokens % size == 0:

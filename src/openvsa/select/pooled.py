@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from openvsa.config import Budget
-from openvsa.layout import BlockOffsets, TileLayout
+from openvsa.layout import TileLayout
+from openvsa.layout.device import has_kernels
 from openvsa.plan import BlockPlan
+from openvsa.plan.rank import rank_in_chunks
 from openvsa.select.pool import pool_mean
 
 __all__ = ["PooledTopK", "pooled_scores"]
@@ -18,11 +21,49 @@ __all__ = ["PooledTopK", "pooled_scores"]
 
 def pooled_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
     """Scores between blocks, [B, H, NQ, NK], from block means q_pooled [B, NQ, H, D] and k_pooled [B, NK, Hkv, D],
-    in their dtype also under autocast."""
+    in their dtype also under autocast. Differentiable.
+
+    On a GPU fp32 scores have the accuracy of fp32, whatever precision the program allows for its matrix products.
+    """
+    if q_pooled.dtype == torch.float32 and has_kernels(q_pooled, k_pooled):
+        return _block_scores(q_pooled, k_pooled, scale)
     groups = q_pooled.shape[2] // k_pooled.shape[2]
     q_pooled = q_pooled.unflatten(2, (k_pooled.shape[2], groups))
     with torch.autocast(q_pooled.device.type, enabled=False):
         return torch.einsum("bqkgd,bnkd->bkgqn", q_pooled, k_pooled).flatten(1, 2) * scale
+
+
+@torch.library.custom_op("openvsa::block_scores", mutates_args=())
+def _block_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
+    from openvsa.select import kernels
+
+    return kernels.block_scores(q_pooled, k_pooled, scale)
+
+
+@_block_scores.register_fake
+def _(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
+    batch, num_q, heads, _ = q_pooled.shape
+    return q_pooled.new_empty((batch, heads, num_q, k_pooled.shape[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q_pooled, k_pooled, ctx.scale = inputs
+    ctx.save_for_backward(q_pooled, k_pooled)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    q_pooled, k_pooled = ctx.saved_tensors
+    kv_heads = k_pooled.shape[2]
+    # A backward pass may be started inside an autocast region.
+    with torch.autocast(grad.device.type, enabled=False):
+        grad = grad.unflatten(1, (kv_heads, -1))
+        q_pooled = q_pooled.unflatten(2, (kv_heads, -1))
+        grad_q = torch.einsum("bkgqn,bnkd->bqkgd", grad, k_pooled).flatten(2, 3) * ctx.scale
+        grad_k = torch.einsum("bkgqn,bqkgd->bnkd", grad, q_pooled) * ctx.scale
+    return grad_q, grad_k, None
+
+
+_block_scores.register_autograd(_differentiate, setup_context=_save)
 
 
 @dataclass(frozen=True)
@@ -43,25 +84,42 @@ class PooledTopK:
 
     def __call__(self, q: Tensor, k: Tensor, layout: TileLayout, budget: Budget) -> BlockPlan:
         """See Selector."""
-        tiles = layout.tile_blocks
-        q_pooled, k_pooled = (pool_mean(x.detach(), layout.blocks)[:, tiles] for x in (q, k))
+        q_pooled = pool_mean(q.detach(), layout.q_blocks)[:, layout.q_tile_blocks]
+        k_pooled = pool_mean(k.detach(), layout.blocks)[:, layout.tile_blocks]
         return self.plan(q_pooled, k_pooled, layout, budget)
 
     def plan(self, q_pooled: Tensor, k_pooled: Tensor, layout: TileLayout, budget: Budget) -> BlockPlan:
-        """The plan from tile means that the caller has already: [B, tiles, H, D] and [B, tiles, Hkv, D]."""
+        """The plan from tile means that the caller has already: q_pooled [B, NQ, H, D] of the query
+        blocks that are tiles, k_pooled [B, NK, Hkv, D] of the tiles."""
         scale = 1 / math.sqrt(q_pooled.shape[-1]) if self.scale is None else self.scale
-        scores = pooled_scores(q_pooled, k_pooled, scale)
-        if self.length_bias:
-            scores = scores + layout.blocks.lens_on(scores.device)[layout.tile_blocks].log()
-        return _with_text(scores, layout, budget)
+        q_pooled, k_pooled = q_pooled.detach(), k_pooled.detach()
+        batch, num_q, heads, _ = q_pooled.shape
+
+        def scores(start: int, stop: int) -> Tensor:
+            found = pooled_scores(q_pooled[:, start:stop], k_pooled, scale)
+            if self.length_bias:
+                found = found + layout.blocks.lens_on(found.device)[layout.tile_blocks].log()
+            return found
+
+        counts, indices = rank_in_chunks(scores, num_q, k_pooled.shape[1], batch * heads, budget)
+        return BlockPlan(*_with_text(counts, indices, layout), layout.q_blocks, layout.blocks)
 
 
-def _with_text(scores: Tensor, layout: TileLayout, budget: Budget) -> BlockPlan:
+def _with_text(counts: Tensor, indices: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
+    """Lists over tiles to lists over all blocks: text blocks are read by every block and read every block."""
     if not layout.text_blocks:
-        return BlockPlan.from_scores(scores, budget, layout.blocks, layout.blocks)
-    tiles, blocks = layout.tile_blocks, layout.blocks
-    tile_lens = BlockOffsets(blocks.lens[tiles])
-    tile_plan = BlockPlan.from_scores(scores, budget, tile_lens, tile_lens)
-    mask = torch.ones(*scores.shape[:2], blocks.num_blocks, blocks.num_blocks, dtype=torch.bool, device=scores.device)
-    mask[..., tiles, tiles] = tile_plan.block_mask()
-    return BlockPlan.from_block_mask(mask, blocks, blocks)
+        return counts, indices
+    tiles, num_blocks = layout.tile_blocks, layout.num_blocks
+    after = num_blocks - tiles.stop
+    every = torch.arange(num_blocks, dtype=torch.int32, device=indices.device)
+    # Ascending: text before, the kept tiles, text after; a row that keeps fewer tiles ends earlier.
+    slot = torch.arange(indices.shape[-1] + after, device=indices.device) - counts[..., None]
+    kept = torch.nn.functional.pad(indices + tiles.start, (0, after))
+    kept = torch.where(slot < 0, kept, (slot + tiles.stop) * (slot < after)).int()
+    kept = torch.cat([every[: tiles.start].expand(*kept.shape[:-1], -1), kept], -1)
+    kept = torch.nn.functional.pad(kept, (0, num_blocks - kept.shape[-1]))
+    # Rows of text before and after those of tiles.
+    text_rows = (layout.q_tile_blocks.start, layout.q_blocks.num_blocks - layout.q_tile_blocks.stop)
+    above, below = (every.expand(*kept.shape[:2], rows, -1) for rows in text_rows)
+    counts = torch.nn.functional.pad(counts + (num_blocks - layout.num_tiles), text_rows, value=num_blocks)
+    return counts, torch.cat([above, kept, below], -2)

@@ -1,0 +1,36 @@
+"""Which tensors the Triton kernels of layout, plan and select take.
+
+The rule, in one place: fp32, fp16 and bf16 tensors on a GPU that Triton supports (for plans, whose lists are integers,
+the device alone decides). Everything else, fp64 and CPU tensors in particular, runs the plain torch code beside each
+kernel, which means the same; tests compare the two. With Triton's interpreter on, CPU tensors go to the kernels too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from openvsa import config
+
+__all__ = ["has_kernels", "kernels_on"]
+
+# Asked once: neither can change while a process runs, and Dynamo must not look for packages.
+_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = config.triton_interpret()
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def has_kernels(*tensors: Tensor) -> bool:
+    """Whether all of `tensors`, which are on one device, go to Triton kernels."""
+    return all(x.dtype in _DTYPES for x in tensors) and kernels_on(tensors[0].device)
+
+
+def kernels_on(device: torch.device) -> bool:
+    """Whether Triton kernels run on `device`."""
+    if device.type == "cpu":
+        return _TRITON and _INTERPRETED
+    if device.type != "cuda" or not _TRITON:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

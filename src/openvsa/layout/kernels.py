@@ -1,0 +1,224 @@
+"""Triton kernels that move tokens between raster and block order and reduce or spread rows on the way.
+
+Two kernels, each other's gradient, each of which passes over a tensor once (a permutation on its own is bound by
+memory bandwidth, so whatever else is needed of the same tokens rides along):
+  gather   tokens of each block into one contiguous run; their mean, or their sum weighted token by token;
+  scatter  the run back to where its tokens belong; a row for all tokens of the block added, weighted or not.
+
+One program per block, head and batch entry. Heads are the fastest program index: in [B, S, H, D] the heads of a
+token are neighbours in memory, and so are the tokens of a tile along the last axis of the lattice. Sums are fp32, in
+a fixed order, without atomics. Offsets are 64-bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["gather", "scatter"]
+
+
+@triton.jit
+def _at(x, strides, batch, head, dims):
+    """Pointers to the first token of one head, [len(dims)]."""
+    return x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2] + dims
+
+
+@triton.jit(do_not_specialize=["heads", "seq", "first_row", "num_rows"])
+def _gather_kernel(
+    x, blocks, totals, weight, rows, weight_grad, index, offsets,
+    x_strides, weight_strides, rows_strides, heads, seq, first_row, num_rows,
+    WRITE: tl.constexpr, TOTAL: tl.constexpr, WEIGHTED: tl.constexpr, PERMUTED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    batch = tl.program_id(1)
+    start = tl.load(offsets + block)
+    length = tl.load(offsets + block + 1) - start
+    row = block - first_row
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    in_row = dims < tl.where((row >= 0) & (row < num_rows), HEAD_DIM, 0)  # text blocks have none
+
+    x_head = _at(x, x_strides, batch, head, dims)
+    fresh = (batch.to(tl.int64) * seq * heads + head) * HEAD_DIM  # of contiguous [B, S, H, D]
+    if WEIGHTED:
+        at_row = _at(rows, rows_strides, batch, head, dims) + row.to(tl.int64) * rows_strides[1]
+        spread = tl.load(at_row, mask=in_row, other=0.0)
+        weight_head = _at(weight, weight_strides, batch, head, dims)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for done in range(0, length, BLOCK_L):
+        slots = done + tl.arange(0, BLOCK_L)
+        inside = slots < length
+        mask = inside[:, None] & in_head[None, :]
+        target = (start + slots).to(tl.int64)
+        source = tl.load(index + target, mask=inside, other=0) if PERMUTED else target
+        tokens = tl.load(x_head[None, :] + source[:, None] * x_strides[1], mask=mask, other=0.0)
+        if WRITE:
+            moved = blocks + fresh + target[:, None] * (heads * HEAD_DIM) + dims[None, :]
+            tl.store(moved, tokens, mask=mask)
+        if TOTAL:
+            values = tokens.to(tl.float32)
+            if WEIGHTED:
+                here = tl.load(weight_head[None, :] + source[:, None] * weight_strides[1], mask=mask, other=0.0)
+                grad = weight_grad + fresh + source[:, None] * (heads * HEAD_DIM) + dims[None, :]
+                tl.store(grad, (values * spread[None, :]).to(weight_grad.dtype.element_ty), mask=mask)
+                values = values * here.to(tl.float32)
+            total += tl.sum(values, 0)
+    if TOTAL:
+        if not WEIGHTED:
+            total = total / length
+        at_total = ((batch.to(tl.int64) * heads + head) * num_rows + row) * HEAD_DIM
+        tl.store(totals + at_total + dims, total, mask=in_row)
+
+
+@triton.jit(do_not_specialize=["heads", "seq", "first_row", "num_rows"])
+def _scatter_kernel(
+    blocks, x, rows, weight, index, offsets,
+    blocks_strides, rows_strides, weight_strides, heads, seq, first_row, num_rows,
+    READ: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, PERMUTED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    batch = tl.program_id(1)
+    start = tl.load(offsets + block)
+    length = tl.load(offsets + block + 1) - start
+    row = block - first_row
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    in_row = dims < tl.where((row >= 0) & (row < num_rows), HEAD_DIM, 0)  # text blocks have none
+
+    blocks_head = _at(blocks, blocks_strides, batch, head, dims)
+    weight_head = _at(weight, weight_strides, batch, head, dims)
+    x_head = x + (batch.to(tl.int64) * seq * heads + head) * HEAD_DIM + dims  # contiguous [B, S, H, D]
+    spread = tl.zeros([BLOCK_D], tl.float32)
+    if ROWS:
+        at_row = _at(rows, rows_strides, batch, head, dims) + row.to(tl.int64) * rows_strides[1]
+        spread = tl.load(at_row, mask=in_row, other=0.0).to(tl.float32)
+        if not WEIGHTED:
+            spread = spread / length
+    for done in range(0, length, BLOCK_L):
+        slots = done + tl.arange(0, BLOCK_L)
+        inside = slots < length
+        mask = inside[:, None] & in_head[None, :]
+        source = (start + slots).to(tl.int64)
+        target = tl.load(index + source, mask=inside, other=0) if PERMUTED else source
+        place = x_head[None, :] + target[:, None] * (heads * HEAD_DIM)
+        if ROWS:
+            values = tl.zeros([BLOCK_L, BLOCK_D], tl.float32) + spread[None, :]
+            if WEIGHTED:
+                here = tl.load(weight_head[None, :] + target[:, None] * weight_strides[1], mask=mask, other=0.0)
+                values = values * here.to(tl.float32)
+            if READ:
+                tokens = tl.load(blocks_head[None, :] + source[:, None] * blocks_strides[1], mask=mask, other=0.0)
+                values += tokens.to(tl.float32)
+            tl.store(place, values.to(x.dtype.element_ty), mask=mask)
+        else:
+            tokens = tl.load(blocks_head[None, :] + source[:, None] * blocks_strides[1], mask=mask, other=0.0)
+            tl.store(place, tokens, mask=mask)
+
+
+def _options(head_dim: int, max_len: int, **flags: bool) -> dict[str, Any]:
+    """The compile-time arguments. With pieces of 16 KiB in bf16, 128 threads have 8 loads of 16 bytes under way."""
+    block_d = triton.next_power_of_2(head_dim)
+    block_l = min(triton.next_power_of_2(max_len), max(8192 // block_d, 1))
+    return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_L": block_l, "num_warps": 4, **flags}
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def gather(
+    x: Tensor,
+    index: Tensor | None,
+    offsets: Tensor,
+    max_len: int,
+    *,
+    write: bool = True,
+    mean: bool = False,
+    weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    first_row: int = 0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Tokens into blocks, and what is made of them on the way.
+
+    Shapes: x [B, S, H, D], any strides; index int64 [S], where the token at each place comes from (None: x is in block
+    order); offsets int32 [N + 1], no block longer than max_len. With `mean`, the fp32 means [B, H, N, D]. With weight
+    [B, S, H, D], in the order of x, and rows fp32 [B, n, H, D], those of the blocks from `first_row` on, instead: the
+    fp32 sums [B, H, n, D] of x * weight, and x * rows [B, S, H, D] in the order of x (the gradients of weight * row).
+
+    Returns: tokens in block order (if `write`), means or sums, x * rows; None for what was not asked for.
+    """
+    x = _unit(x)
+    batch, seq, heads, dim = x.shape
+    num_blocks = offsets.numel() - 1
+    num_rows = num_blocks if rows is None else rows.shape[1]
+    total = mean or weight is not None
+    blocks = torch.empty(x.shape, dtype=x.dtype, device=x.device) if write else None
+    totals = torch.empty(batch, heads, num_rows, dim, dtype=torch.float32, device=x.device) if total else None
+    weight_grad = None
+    if weight is not None and rows is not None:
+        weight, rows = _unit(weight), _unit(rows)
+        weight_grad = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    if x.numel():
+        unused = x
+        with torch.cuda.device_of(x):
+            _gather_kernel[(num_blocks * heads, batch)](
+                x, unused if blocks is None else blocks, unused if totals is None else totals,
+                unused if weight is None else weight, unused if rows is None else rows,
+                unused if weight_grad is None else weight_grad, offsets if index is None else index, offsets,
+                x.stride(), (unused if weight is None else weight).stride(),
+                (unused if rows is None else rows).stride(), heads, seq, first_row, num_rows,
+                **_options(
+                    dim, max_len, WRITE=write, TOTAL=total, WEIGHTED=weight is not None, PERMUTED=index is not None
+                ),
+            )  # fmt: skip
+    return blocks, totals, weight_grad
+
+
+def scatter(
+    blocks: Tensor | None,
+    index: Tensor | None,
+    offsets: Tensor,
+    max_len: int,
+    *,
+    seq: int,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+    weight: Tensor | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """Tokens out of blocks, plus a row for each block: contiguous [B, S, H, D] in `dtype`.
+
+    Shapes: blocks [B, S, H, D] in block order, any strides (None: 0), S = seq; index, offsets and max_len as for
+    `gather`; rows fp32 [B, n, H, D], those of the blocks from `first_row` on, of which blocks or rows must be given.
+    With weight [B, S, H, D], in the order of the result, rows * weight is added; without it rows / length of the block
+    (the gradient of a mean).
+    """
+    first = blocks if blocks is not None else rows
+    assert first is not None
+    batch, _, heads, dim = first.shape
+    x = torch.empty(batch, seq, heads, dim, dtype=dtype, device=first.device)
+    blocks, rows, weight = (None if t is None else _unit(t) for t in (blocks, rows, weight))
+    if x.numel():
+        unused = x
+        with torch.cuda.device_of(x):
+            _scatter_kernel[((offsets.numel() - 1) * heads, batch)](
+                unused if blocks is None else blocks, x, unused if rows is None else rows,
+                unused if weight is None else weight, offsets if index is None else index, offsets,
+                (unused if blocks is None else blocks).stride(), (unused if rows is None else rows).stride(),
+                (unused if weight is None else weight).stride(),
+                heads, seq, first_row, 0 if rows is None else rows.shape[1],
+                **_options(
+                    dim, max_len, READ=blocks is not None, ROWS=rows is not None, WEIGHTED=weight is not None,
+                    PERMUTED=index is not None,
+                ),
+            )  # fmt: skip
+    return x

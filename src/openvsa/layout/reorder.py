@@ -1,0 +1,161 @@
+"""Reordering tokens by blocks, as torch.library sees it: custom ops over the kernels, with fakes and autograd.
+
+For tensors that `has_kernels` accepts. A custom op cannot return None: what was not asked for has no elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["from_blocks", "to_blocks"]
+
+
+@torch.library.custom_op("openvsa::to_blocks", mutates_args=())
+def to_blocks(
+    x: Tensor, index: Tensor | None, offsets: Tensor, max_len: int, write: bool, mean: bool
+) -> tuple[Tensor, Tensor]:
+    """Tokens x [B, S, H, D] in block order (if `write`) and the fp32 means of the blocks [B, H, N, D] (if `mean`).
+
+    index: int64 [S], the token at each place; None if x is in block order. offsets: int32 [N + 1].
+    """
+    from openvsa.layout import kernels
+
+    blocks, means, _ = kernels.gather(x, index, offsets, max_len, write=write, mean=mean)
+    empty = x.new_empty(0)
+    return empty if blocks is None else blocks, empty.float() if means is None else means
+
+
+@to_blocks.register_fake
+def _(x: Tensor, index: Tensor | None, offsets: Tensor, max_len: int, write: bool, mean: bool) -> tuple[Tensor, Tensor]:
+    batch, _, heads, dim = x.shape
+    means = (batch, heads, offsets.shape[0] - 1, dim) if mean else (0,)
+    return x.new_empty(x.shape if write else (0,)), x.new_empty(means, dtype=torch.float32)
+
+
+@torch.library.custom_op("openvsa::to_blocks_backward", mutates_args=())
+def _to_blocks_backward(
+    grad_blocks: Tensor | None,
+    grad_means: Tensor | None,
+    index: Tensor | None,
+    offsets: Tensor,
+    max_len: int,
+    seq: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from openvsa.layout import kernels
+
+    rows = None if grad_means is None else grad_means.transpose(1, 2)
+    return kernels.scatter(grad_blocks, index, offsets, max_len, seq=seq, dtype=dtype, rows=rows)
+
+
+@_to_blocks_backward.register_fake
+def _(
+    grad_blocks: Tensor | None,
+    grad_means: Tensor | None,
+    index: Tensor | None,
+    offsets: Tensor,
+    max_len: int,
+    seq: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if grad_blocks is not None:
+        return grad_blocks.new_empty(grad_blocks.shape, dtype=dtype)
+    assert grad_means is not None
+    batch, heads, _, dim = grad_means.shape
+    return grad_means.new_empty((batch, seq, heads, dim), dtype=dtype)
+
+
+def _save_to(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, index, offsets, max_len, write, mean = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(offsets, *(() if index is None else (index,)))
+    ctx.settings = max_len, x.shape[1], x.dtype
+    ctx.asked = write, mean
+
+
+def _differentiate_to(ctx: Any, grad_blocks: Tensor | None, grad_means: Tensor | None) -> tuple[Any, ...]:
+    offsets, *index = ctx.saved_tensors
+    grad_blocks, grad_means = (
+        g if asked else None for g, asked in zip((grad_blocks, grad_means), ctx.asked, strict=True)
+    )
+    grad = None
+    if grad_blocks is not None or grad_means is not None:
+        grad = _to_blocks_backward(grad_blocks, grad_means, index[0] if index else None, offsets, *ctx.settings)
+    return grad, *(None,) * 5
+
+
+to_blocks.register_autograd(_differentiate_to, setup_context=_save_to)
+
+
+@torch.library.custom_op("openvsa::from_blocks", mutates_args=())
+def from_blocks(
+    blocks: Tensor,
+    rows: Tensor | None,
+    weight: Tensor | None,
+    index: Tensor,
+    offsets: Tensor,
+    max_len: int,
+    first_row: int,
+) -> Tensor:
+    """Tokens blocks [B, S, H, D] back where they belong, plus (if given) weight times the row of their block.
+
+    rows: fp32 [B, n, H, D], those of the blocks from `first_row` on; weight: [B, S, H, D] in the order of the result.
+    Everything is added in fp32 and rounded once. index, offsets: as for `to_blocks`.
+    """
+    from openvsa.layout import kernels
+
+    return kernels.scatter(
+        blocks, index, offsets, max_len,
+        seq=blocks.shape[1], dtype=blocks.dtype, rows=rows, weight=weight, first_row=first_row,
+    )  # fmt: skip
+
+
+@from_blocks.register_fake
+def _(blocks: Tensor, *_: Any) -> Tensor:
+    return blocks.new_empty(blocks.shape)
+
+
+@torch.library.custom_op("openvsa::from_blocks_backward", mutates_args=())
+def _from_blocks_backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, index: Tensor, offsets: Tensor, max_len: int, first_row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of blocks, of rows as [B, H, n, D], and of weight."""
+    from openvsa.layout import kernels
+
+    found = kernels.gather(grad, index, offsets, max_len, weight=weight, rows=rows, first_row=first_row)
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[2] is not None
+    return found[0], found[1], found[2]
+
+
+@_from_blocks_backward.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count, heads, dim = rows.shape
+    return (
+        grad.new_empty(grad.shape),
+        rows.new_empty((batch, heads, count, dim), dtype=torch.float32),
+        weight.new_empty(weight.shape),
+    )
+
+
+def _save_from(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, rows, weight, index, offsets, max_len, first_row = inputs
+    ctx.weighted = weight is not None
+    ctx.save_for_backward(index, offsets, *((rows, weight) if ctx.weighted else ()))
+    ctx.settings = max_len, first_row
+
+
+def _differentiate_from(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    index, offsets, *weighted = ctx.saved_tensors
+    max_len, first_row = ctx.settings
+    if not ctx.weighted:
+        return to_blocks(grad, index, offsets, max_len, True, False)[0], *(None,) * 6
+    blocks, rows, weight = _from_blocks_backward(grad, *weighted, index, offsets, max_len, first_row)
+    return blocks, rows.transpose(1, 2), weight, *(None,) * 4
+
+
+from_blocks.register_autograd(_differentiate_from, setup_context=_save_from)
