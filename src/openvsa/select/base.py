@@ -16,9 +16,9 @@ __all__ = ["Selector"]
 class Selector(Protocol):
     """A rule that decides which key blocks each query block reads.
 
-    Any callable of this form is one: a function, or an object that holds settings. It must return a plan
-    of `layout.q_blocks` over `layout.blocks`, or of the blocks themselves, which are as large or smaller; on the device
-    of q, and without waiting for it if possible.
+    Any callable of this form is one: a function, or an object that holds settings. It must return a plan of
+    `layout.q_blocks` over `layout.blocks` (or of `layout.blocks` over themselves: a query block is a run of them), on
+    the device of q, and should do so without waiting for the device.
     """
 
     def __call__(self, q: Tensor, k: Tensor, layout: TileLayout, budget: Budget) -> BlockPlan:
