@@ -30,10 +30,10 @@ class TileLayout:
     into blocks of at most prod(tile) tokens that never mix with the lattice. Tiles at a border that the tile does
     not divide are short blocks: nothing is padded.
 
-    Query blocks are the same blocks, unless `q_tiles` makes them larger: a box of q_tiles neighbouring tiles is then one
-    query block (of 128 tokens, say, over key blocks of 64). Block order goes through such boxes in raster order and
-    through the tiles of a box in raster order, so that a query block, too, is contiguous and queries, keys and values
-    have one order. Prefix and suffix are grouped alike, prod(q_tiles) blocks to a query block.
+    Query blocks are the same blocks, unless `q_tiles` makes them larger: a box of q_tiles neighbouring tiles is then
+    one query block (of 128 tokens, say, over key blocks of 64). Block order goes through such boxes in raster order
+    and through the tiles of a box in raster order, so that a query block, too, is contiguous and queries, keys and
+    values have one order. Prefix and suffix are grouped alike, prod(q_tiles) blocks to a query block.
 
     Args:
         grid: tokens along each axis: (T, H, W) for video, (H, W) for an image, (N,) for text.
