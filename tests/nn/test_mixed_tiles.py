@@ -68,6 +68,20 @@ def test_it_is_the_formula_forward_and_backward(layout: TileLayout, top_k: int) 
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.triton
+def test_the_kernels_around_attention_agree_with_plain_torch() -> None:
+    """In fp32 they permute, pool, rank and combine; in fp64 plain torch does."""
+    layout = LAYOUTS[2]
+    exact = inputs(layout)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in exact]
+        out = video_sparse_attention(*leaves[:3], layout, Budget(top_k=2), leaves[3])
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_keeping_everything_is_dense_attention(layout: TileLayout) -> None:
     q, k, v, _ = inputs(layout)

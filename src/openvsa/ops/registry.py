@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from importlib import metadata
 
 import torch
@@ -77,14 +78,22 @@ def _flex_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
+@cache  # it reads files, and `auto` asks in every call
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 @config.machine_fact
 def _fa4_available(device_type: str) -> list[str]:
-    try:
-        found = TorchVersion(metadata.version("flash-attn-4"))
-    except metadata.PackageNotFoundError:
+    found = _installed_version("flash-attn-4")
+    if found is None:
         return ["the package flash-attn-4 is not installed (pip install 'openvsa[fa4]')"]
     # Older ones take blocks of 128 x 128 only.
-    return [] if found >= _FA4_OLDEST else [f"needs flash-attn-4 {_FA4_OLDEST} or newer, not {found}"]
+    old = TorchVersion(found) < _FA4_OLDEST
+    return [f"needs flash-attn-4 {_FA4_OLDEST} or newer, not {found}"] if old else []
 
 
 def _fa4_reasons(problem: Problem) -> list[str]:
