@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from openvsa import BlockPlan, TileLayout
+from openvsa.bench.oracle import Results, run_reference, sensitivity
 from openvsa.ops.capability import Problem, capability_of
-from openvsa.ops.reference import reference_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -77,16 +77,6 @@ class Inputs(NamedTuple):
     grad_lse: Tensor
     scale: float
     rows: list[int] | None  # the sampled query blocks
-
-
-class Results(NamedTuple):
-    """Of a whole problem, or of the sampled part of it."""
-
-    out: Tensor
-    lse: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
 
 
 def offsets(lens: tuple[int, ...] | list[int]) -> list[int]:
@@ -174,64 +164,6 @@ def sample(case: Case, inputs: Inputs) -> tuple[Inputs, Tensor, Tensor]:
         inputs.grad_out[:, q_tokens], inputs.grad_lse[..., q_tokens], inputs.scale, None,
     )  # fmt: skip
     return part, q_tokens, kv_tokens
-
-
-def run_reference(inputs: Inputs, dtype: torch.dtype) -> Results:
-    """The oracle and its gradients in `dtype`, on plain contiguous copies."""
-    q, k, v = (x.detach().to(dtype).clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    plan = inputs.plan
-    out, lse = reference_attention(
-        q, k, v, plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks, plan.kv_indices, inputs.scale
-    )
-    grads = torch.autograd.grad((out, lse), (q, k, v), (inputs.grad_out.to(dtype), inputs.grad_lse.to(lse.dtype)))
-    return Results(out.detach(), lse.detach(), *grads)
-
-
-def sensitivity(inputs: Inputs, exact: Results) -> Results:
-    """The `terms` of the tolerance, in fp64: what a result is the difference of, and how it answers to its scores.
-
-    A score is a dot product, and so is each half of its gradient p * (do . v - (do . out - dlse)); the size of a dot
-    product is the sum of its absolute terms. p itself is exp(score - lse), so that an ulp of a score or of the lse,
-    which backward receives as it was rounded, changes p by as much in proportion. Sums over tokens add up like noise.
-    """
-    q, k, v, grad_out = (x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    mask = inputs.plan.block_mask()
-    for d, blocks in ((2, inputs.plan.q_blocks), (3, inputs.plan.kv_blocks)):
-        mask = mask.repeat_interleave(torch.tensor(blocks.lens, device=DEVICE), dim=d)
-
-    def dots(a: Tensor, b: Tensor) -> Tensor:
-        return torch.einsum("bqhd,bkhd->bhqk", a, b)
-
-    scores = (dots(q, k) * inputs.scale).masked_fill(~mask, float("-inf"))
-    p = (scores - exact.lse[..., None].nan_to_num(neginf=0.0)).exp()
-    score = (dots(q.abs(), k.abs()) * inputs.scale * mask).amax(-1)
-    row = (grad_out * exact.out).transpose(1, 2)
-    grad_lse = inputs.grad_lse.double()
-    ds = p * (dots(grad_out, v) - (row.sum(-1) - grad_lse)[..., None])
-    ds = (
-        p * (dots(grad_out.abs(), v.abs()) + (row.abs().sum(-1) + grad_lse.abs())[..., None])
-        + ds.abs() * score[..., None]
-    )
-
-    def noise(weights: Tensor, x: Tensor, form: str) -> Tensor:
-        return torch.einsum(form, weights**2, x**2)
-
-    p2, out = p**2, exact.out
-    away = noise(p, v, "bhqk,bkhd->bqhd") - 2 * out * torch.einsum("bhqk,bkhd->bqhd", p2, v)
-    away = away + out**2 * p2.sum(-1).transpose(1, 2)[..., None]  # sum of p**2 * (v - out)**2
-    dk, dv = (
-        noise(w, x, "bhqk,bqhd->bkhd").unflatten(2, (-1, groups)).sum(3).sqrt()
-        for w, x in ((ds * inputs.scale, q), (p * score[..., None], grad_out))
-    )
-    return Results(
-        out=away.clamp_min(0).sqrt() * score.transpose(1, 2)[..., None],
-        lse=score,
-        dq=noise(ds * inputs.scale, k, "bhqk,bkhd->bqhd").sqrt(),
-        dk=dk,
-        dv=dv,
-    )
 
 
 class Expected(NamedTuple):

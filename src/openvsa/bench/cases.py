@@ -33,15 +33,15 @@ class PlanSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem to measure: `grid` tokens after `prefix` text tokens, in tiles of `q_tile` for queries and `kv_tile`
-    for keys (None: the same). Borders are ragged where the tile does not divide the grid. `plans` are the plans that
-    it is measured with; the whole op (`video_sparse_attention`) is measured too where both tiles agree and `whole_op`
-    is set. `note` says where the numbers come from."""
+    """A problem to measure: `grid` tokens after `prefix` text tokens, in tiles whose border ones are ragged where the
+    tile does not divide the grid; a query block is a box of `q_tiles` tiles (see TileLayout). `plans` are the plans
+    that the op is measured with; the whole op (`video_sparse_attention`) is measured at the same densities. `note`
+    says where the numbers come from."""
 
     name: str
     grid: tuple[int, ...]
-    kv_tile: tuple[int, ...]
-    q_tile: tuple[int, ...] | None = None
+    tile: tuple[int, ...]
+    q_tiles: tuple[int, ...] = ()
     prefix: int = 0
     batch: int = 1
     heads: int = 12
@@ -49,21 +49,12 @@ class Case:
     head_dim: int = 128
     dtype: str = "bfloat16"
     plans: tuple[PlanSpec, ...] = (PlanSpec("random"), PlanSpec("model"))
-    whole_op: bool = True
     device_type: str = "cuda"
     note: str = ""
 
-    def __post_init__(self) -> None:
-        if self.prefix and self.q_tile not in (None, self.kv_tile):
-            raise OpenVSAError(f"{self.name}: text tokens need one tile for queries and keys")
-
     @cached_property
-    def q_layout(self) -> TileLayout:
-        return TileLayout(self.grid, self.q_tile or self.kv_tile, self.prefix)
-
-    @cached_property
-    def kv_layout(self) -> TileLayout:
-        return TileLayout(self.grid, self.kv_tile, self.prefix)
+    def layout(self) -> TileLayout:
+        return TileLayout(self.grid, self.tile, self.prefix, q_tiles=self.q_tiles)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -76,26 +67,26 @@ class Case:
     @property
     def blocks(self) -> str:
         """Tokens of the largest query and key block."""
-        return f"{self.q_layout.blocks.max_len}x{self.kv_layout.blocks.max_len}"
+        return f"{self.layout.q_blocks.max_len}x{self.layout.blocks.max_len}"
 
     @property
     def dense_pairs(self) -> int:
         """Token pairs of dense attention, over batch and heads."""
-        return self.batch * self.heads * self.q_layout.num_tokens**2
+        return self.batch * self.heads * self.layout.num_tokens**2
 
     def describe(self) -> dict[str, object]:
         """The numbers of the case, for a result file."""
         return {
-            "grid": self.grid, "q_tile": self.q_layout.tile, "kv_tile": self.kv_layout.tile, "prefix": self.prefix,
-            "tokens": self.q_layout.num_tokens, "blocks": self.blocks, "batch": self.batch, "heads": self.heads,
+            "grid": self.grid, "tile": self.layout.tile, "q_tiles": self.layout.q_tiles, "prefix": self.prefix,
+            "tokens": self.layout.num_tokens, "blocks": self.blocks, "batch": self.batch, "heads": self.heads,
             "kv_heads": self.key_heads, "head_dim": self.head_dim, "dtype": self.dtype, "note": self.note,
         }  # fmt: skip
 
     def __str__(self) -> str:
-        tiles = {"x".join(map(str, layout.tile)): None for layout in (self.q_layout, self.kv_layout)}
         text = f"{self.prefix} text + " if self.prefix else ""
         return (
-            f"{text}{'x'.join(map(str, self.grid))} = {self.q_layout.num_tokens} tokens, tile {' over '.join(tiles)}, "
+            f"{text}{'x'.join(map(str, self.grid))} = {self.layout.num_tokens} tokens, "
+            f"tile {'x'.join(map(str, self.tile))}, blocks {self.blocks}, "
             f"B={self.batch} H={self.heads}/{self.key_heads} D={self.head_dim} {self.dtype}, "
             f"plans {', '.join(map(str, self.plans))}"
         )
@@ -125,11 +116,11 @@ _LENGTHS = {
 
 _ALL = (
     _FLAGSHIP,
-    _variant("128x64", q_tile=(8, 4, 4)),
-    _variant("128x128", kv_tile=(8, 4, 4)),
+    _variant("128x64", q_tiles=(2, 1, 1)),
+    _variant("128x128", tile=(8, 4, 4)),
     _variant("d64", head_dim=64),
-    _variant("d64-128x64", head_dim=64, q_tile=(8, 4, 4)),
-    _variant("d64-128x128", head_dim=64, kv_tile=(8, 4, 4)),
+    _variant("d64-128x64", head_dim=64, q_tiles=(2, 1, 1)),
+    _variant("d64-128x128", head_dim=64, tile=(8, 4, 4)),
     *(_sweep(name, grid, head_dim) for head_dim in (128, 64) for name, grid in _LENGTHS.items()),
     Case("wan-480p", (21, 30, 52), (4, 4, 4), note="Wan 2.1 1.3B, 480p, 81 frames; the tile of VSA"),
     Case("wan-480p-fit", (21, 30, 52), TileLayout.fit((21, 30, 52)).tile, note="the same in the best tile"),

@@ -18,7 +18,7 @@ from openvsa.bench.contenders import Attend
 from openvsa.bench.oracle import Inputs, Results, Sample, run_reference, run_sample, sampled, sensitivity
 from openvsa.bench.tolerance import FORWARD, GRADIENT, judge
 from openvsa.config import Budget
-from openvsa.layout import TileLayout
+from openvsa.layout import BlockOffsets, TileLayout
 from openvsa.nn.functional import video_sparse_attention
 from openvsa.ops import block_sparse_attention
 from openvsa.ops.capability import Backend, Problem
@@ -75,7 +75,7 @@ def check_small(backend: Backend, case: Case, device: torch.device) -> Checked:
         naive = run_reference(inputs, _naive_dtype(inputs.q.dtype))
         kernel = _op(backend.name, inputs, needs_grad)
         found = _compare(name, kernel, naive, exact, sensitivity(inputs, exact))
-        if case.whole_op and layout is not None and needs_grad:
+        if layout is not None and needs_grad:
             found = found.and_also(_check_whole_op(backend.name, f"whole op, {name}", inputs, layout))
         total = total.and_also(found)
     return total
@@ -145,43 +145,43 @@ def _compressed_rows(inputs: Inputs, layout: TileLayout, sample: Sample) -> Tens
     groups = inputs.q.shape[2] // inputs.k.shape[2]
     heads = (sample.kv_head * groups, sample.kv_head, sample.kv_head)
     q, k, v = (
-        pool_mean(x[sample.batch, None, :, head, None].double(), layout.blocks)[0, :, 0]
-        for x, head in zip((inputs.q, inputs.k, inputs.v), heads, strict=True)
+        pool_mean(x[sample.batch, None, :, head, None].double(), blocks)[0, :, 0]
+        for x, head, blocks in zip(
+            (inputs.q, inputs.k, inputs.v), heads, (layout.q_blocks, layout.blocks, layout.blocks), strict=True
+        )
     )
-    tiles = layout.tile_blocks
-    compressed = torch.zeros_like(v)
-    compressed[tiles] = (q[tiles] @ k[tiles].t() * inputs.scale).softmax(-1) @ v[tiles]
-    lens = [layout.block_lens[i] for i in sample.q_blocks]
+    rows, tiles = layout.q_tile_blocks, layout.tile_blocks
+    compressed = v.new_zeros(layout.q_blocks.num_blocks, v.shape[1])
+    compressed[rows] = (q[rows] @ k[tiles].t() * inputs.scale).softmax(-1) @ v[tiles]
+    lens = [layout.q_blocks.lens[i] for i in sample.q_blocks]
     return compressed[list(sample.q_blocks)].repeat_interleave(torch.tensor(lens, device=v.device), 0)
 
 
 def _small_problems(case: Case, device: torch.device) -> Iterator[tuple[str, Inputs, TileLayout | None]]:
-    """A ragged lattice, with its layout where queries and keys share it, and a sequence of equal blocks."""
-    q_tile, kv_tile = case.q_layout.tile, case.kv_layout.tile
-    grid = tuple(2 * max(a, b) + 1 for a, b in zip(q_tile, kv_tile, strict=True))
-    prefix = min(case.prefix, math.prod(kv_tile) + 3)
-    q_layout, kv_layout = (TileLayout(grid, tile, prefix) for tile in (q_tile, kv_tile))
-    yield "ragged lattice", _inputs(case, q_layout, kv_layout, device), q_layout if q_tile == kv_tile else None
-    q_len, kv_len = math.prod(q_tile), math.prod(kv_tile)
-    tokens = 5 * max(q_len, kv_len) - min(q_len, kv_len) // 3
-    layouts = TileLayout((tokens,), (q_len,)), TileLayout((tokens,), (kv_len,))
-    yield "equal blocks, the last one shorter", _inputs(case, *layouts, device), None
+    """A ragged lattice, with its layout, and a sequence of equal blocks."""
+    grid = tuple(2 * n * t + 1 for n, t in zip(case.layout.q_tiles, case.layout.tile, strict=True))
+    prefix = min(case.prefix, math.prod(case.tile) + 3)
+    ragged = TileLayout(grid, case.tile, prefix, q_tiles=case.q_tiles)
+    yield "ragged lattice", _inputs(case, ragged, device), ragged
+    size, ratio = math.prod(case.layout.tile), math.prod(case.layout.q_tiles)
+    equal = TileLayout((5 * size * ratio - size // 3,), (size,), q_tiles=(ratio,))
+    yield "equal blocks, the last one shorter", _inputs(case, equal, device), None
 
 
-def _inputs(case: Case, q_layout: TileLayout, kv_layout: TileLayout, device: torch.device) -> Inputs:
+def _inputs(case: Case, layout: TileLayout, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(0)
     heads, kv_heads = 2 * case.heads // case.key_heads, 2
-    shape = (_BATCH, heads, q_layout.num_blocks, kv_layout.num_blocks)
+    shape = (_BATCH, heads, layout.q_blocks.num_blocks, layout.num_blocks)
     mask = torch.rand(shape, generator=generator, device=device) < _SHARE
     mask[..., 0] = True
-    mask[:, :, q_layout.num_blocks // 2] = False  # a query block that reads nothing
-    plan = BlockPlan.from_block_mask(mask, q_layout.blocks, kv_layout.blocks)
+    mask[:, :, shape[2] // 2] = False  # a query block that reads nothing
+    plan = BlockPlan.from_block_mask(mask, layout.q_blocks, layout.blocks)
 
     def tokens(count: int) -> Tensor:
-        x = torch.randn(_BATCH, q_layout.num_tokens, count, case.head_dim, generator=generator, device=device)
+        x = torch.randn(_BATCH, layout.num_tokens, count, case.head_dim, generator=generator, device=device)
         return x.to(case.torch_dtype)
 
-    grad_lse = torch.zeros(_BATCH, heads, q_layout.num_tokens, device=device)
+    grad_lse = torch.zeros(_BATCH, heads, layout.num_tokens, device=device)
     q, k, v, grad_out = tokens(heads), tokens(kv_heads), tokens(kv_heads), tokens(heads)
     return Inputs(q, k, v, plan, grad_out, grad_lse, case.head_dim**-0.5)
 
@@ -245,15 +245,26 @@ def plain_vsa(q: Tensor, k: Tensor, v: Tensor, w: Tensor, layout: TileLayout, pl
     q, k, v, w = (x[:, order] for x in (q, k, v, w))
     scale = q.shape[-1] ** -0.5
     out, _ = reference_attention(q, k, v, plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks, plan.kv_indices, scale)
-    pool = torch.zeros(layout.num_blocks, layout.num_tokens, dtype=q.dtype, device=q.device)
-    pool[layout.blocks.block_of_token(q.device), torch.arange(layout.num_tokens, device=q.device)] = 1
-    pool = pool[layout.tile_blocks]
+    q_pool, pool = (
+        _membership(blocks, q)[rows]
+        for blocks, rows in ((layout.q_blocks, layout.q_tile_blocks), (layout.blocks, layout.tile_blocks))
+    )
     groups = q.shape[2] // k.shape[2]
-    means = [torch.einsum("ns,bshd->bhnd", pool / pool.sum(1, keepdim=True), x) for x in (q, k, v)]
-    q_mean, k_mean, v_mean = means[0], *(x.repeat_interleave(groups, 1) for x in means[1:])
+    q_mean, k_mean, v_mean = (
+        torch.einsum("ns,bshd->bhnd", members / members.sum(1, keepdim=True), x)
+        for members, x in ((q_pool, q), (pool, k), (pool, v))
+    )
+    k_mean, v_mean = (x.repeat_interleave(groups, 1) for x in (k_mean, v_mean))
     compressed = (q_mean @ k_mean.transpose(2, 3) * scale).softmax(-1) @ v_mean
-    out = out + w * torch.einsum("ns,bhnd->bshd", pool, compressed)
+    out = out + w * torch.einsum("ns,bhnd->bshd", q_pool, compressed)
     return out[:, layout.inverse_permutation.to(q.device)]
+
+
+def _membership(blocks: BlockOffsets, like: Tensor) -> Tensor:
+    """[N, S]: 1 where the token is of the block."""
+    members = like.new_zeros(blocks.num_blocks, blocks.num_tokens)
+    members[blocks.block_of_token(like.device), torch.arange(blocks.num_tokens, device=like.device)] = 1
+    return members
 
 
 def _naive_dtype(dtype: torch.dtype) -> torch.dtype:

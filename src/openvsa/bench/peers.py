@@ -118,7 +118,7 @@ def _prepare_fa4_sparse(plan: BlockPlan | None, case: Case) -> Attend:
 
 def _fastvideo_reasons(problem: Problem, case: Case) -> list[str]:
     reasons = (_on_cuda(problem) or list(_missing(_FASTVIDEO))) + _halves(problem)
-    full = problem.uniform and problem.max_q_block == problem.max_kv_block == 64 and not case.q_layout.num_tokens % 64
+    full = problem.uniform and problem.max_q_block == problem.max_kv_block == 64 and not case.layout.num_tokens % 64
     if not full:
         reasons.append(f"needs every block to have 64 tokens (others are padded by its caller), not {case.blocks}")
     if problem.num_heads != problem.num_kv_heads:

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from openvsa.config import Budget
 from openvsa.layout import TileLayout
 from openvsa.plan import BlockPlan
-from openvsa.select import pool_mean, pooled_scores
+from openvsa.select import PooledTopK, pool_mean, pooled_scores
 
 __all__ = ["PATTERNS", "make_plan", "recorded_overlap", "shared_with_next", "smooth_queries_and_keys"]
 
@@ -32,37 +32,31 @@ _BISECTIONS = 14
 _OVERLAP_FILE = Path(__file__).parent / "overlap.json"
 
 
-def make_plan(
-    pattern: str, q: Tensor, k: Tensor, q_layout: TileLayout, kv_layout: TileLayout, density: float, seed: int = 0
-) -> BlockPlan:
-    """A plan over q [B, S, H, D] and k [B, S, Hkv, D], both in the block order of their layout.
+def make_plan(pattern: str, q: Tensor, k: Tensor, layout: TileLayout, density: float, seed: int = 0) -> BlockPlan:
+    """A plan over q [B, S, H, D] and k [B, S, Hkv, D] in block order.
 
-    Every query tile keeps ceil(density * tiles) key tiles; text blocks read and are read by all. Only "model" looks
-    at the values of q and k, which then come from `smooth_queries_and_keys`.
+    Every query block of the lattice keeps ceil(density * tiles) key tiles; text blocks read and are read by all.
+    Only "model" looks at the values of q and k, which then come from `smooth_queries_and_keys`.
     """
-    q_tiles, kv_tiles = q_layout.tile_blocks, kv_layout.tile_blocks
-    shape = (q.shape[0], q.shape[2], q_layout.num_tiles, kv_layout.num_tiles)
-    generator = torch.Generator(q.device).manual_seed(seed)
+    budget = Budget(keep_ratio=density)
     if pattern == "model":
-        pooled = pool_mean(q, q_layout.blocks)[:, q_tiles], pool_mean(k, kv_layout.blocks)[:, kv_tiles]
-        scores = pooled_scores(*pooled, q.shape[-1] ** -0.5)
-    else:
-        scores = torch.rand(shape, generator=generator, device=q.device)
+        return PooledTopK()(q, k, layout, budget)
+    rows, tiles = layout.q_tile_blocks, layout.tile_blocks
+    num_q = rows.stop - rows.start
+    shape = (q.shape[0], q.shape[2], num_q, layout.num_tiles)
+    generator = torch.Generator(q.device).manual_seed(seed)
+    scores = torch.rand(shape, generator=generator, device=q.device)
     if pattern == "clustered":
-        clusters = -(-shape[2] // _CLUSTER)
-        shared = torch.rand(*shape[:2], clusters, shape[3], generator=generator, device=q.device)
-        scores = shared.repeat_interleave(_CLUSTER, dim=2)[:, :, : shape[2]] + _CLUSTER_NOISE * scores
-    forced = None
-    if kv_layout.text_blocks:
-        # Text competes with nothing: it is added to the budget, and its rows read everything.
-        full = scores.new_full((*shape[:2], q_layout.num_blocks, kv_layout.num_blocks), float("-inf"))
-        full[..., q_tiles, kv_tiles] = scores
-        forced = torch.zeros(q_layout.num_blocks, kv_layout.num_blocks, dtype=torch.bool, device=q.device)
-        forced[:, list(kv_layout.text_blocks)] = True
-        scores = full
-    kept = Budget(keep_ratio=density).blocks(shape[3]) + len(kv_layout.text_blocks)
-    plan = BlockPlan.from_scores(scores, Budget(top_k=kept), q_layout.blocks, kv_layout.blocks, forced=forced)
-    return plan.with_dense_blocks(rows=q_layout.text_blocks) if q_layout.text_blocks else plan
+        shared = torch.rand(*shape[:2], -(-num_q // _CLUSTER), shape[3], generator=generator, device=q.device)
+        scores = shared.repeat_interleave(_CLUSTER, dim=2)[:, :, :num_q] + _CLUSTER_NOISE * scores
+    if not layout.text_blocks:
+        return BlockPlan.from_scores(scores, budget, layout.q_blocks, layout.blocks)
+    # Text competes with nothing: it comes on top of the budget, and its rows read everything.
+    kept = budget.blocks(layout.num_tiles) + len(layout.text_blocks)
+    everywhere = scores.new_full((*shape[:2], layout.q_blocks.num_blocks, layout.num_blocks), float("inf"))
+    everywhere[..., rows, tiles] = scores
+    plan = BlockPlan.from_scores(everywhere, Budget(top_k=kept), layout.q_blocks, layout.blocks)
+    return plan.with_dense_blocks(rows=(*range(rows.start), *range(rows.stop, layout.q_blocks.num_blocks)))
 
 
 def shared_with_next(plan: BlockPlan) -> Tensor:
@@ -108,13 +102,13 @@ def smooth_queries_and_keys(
 
 
 def _field(fit: TileLayout, channels: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Normal noise on a coarse lattice, interpolated: [S, channels], variance 1."""
+    """Normal noise on a coarse lattice, interpolated: [S, channels], mean 0 and variance 1."""
     nodes = [max(2, math.ceil(g / (_NODE_SPACING * t)) + 1) for g, t in zip(fit.grid, fit.tile, strict=True)]
     coarse = torch.randn(1, channels, *nodes, generator=generator, device=device)
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(nodes)]
     fine = interpolate(coarse, size=fit.grid, mode=mode, align_corners=True)
     fine = fine.flatten(2)[0].t()
-    return fine / fine.std(0, keepdim=True)
+    return (fine - fine.mean(0)) / fine.std(0)
 
 
 def _calibrate(fit: TileLayout, fields: tuple[Tensor, Tensor], noises: list[Tensor], heads: int) -> Tensor:

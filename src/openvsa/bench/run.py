@@ -167,7 +167,7 @@ class _Problem:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        layout, dtype = case.q_layout, case.torch_dtype
+        layout, dtype = case.layout, case.torch_dtype
         q, k = smooth_queries_and_keys(layout, case.batch, case.heads, case.key_heads, case.head_dim, device)
         generator = torch.Generator(device).manual_seed(1)
 
@@ -177,24 +177,21 @@ class _Problem:
 
         self.weight = noise(case.heads)
         self.grad = noise(case.heads)
-        self.q, self.k = case.q_layout.permute(q.to(dtype)), case.kv_layout.permute(k.to(dtype))
+        self.q, self.k = (layout.permute(x.to(dtype)) for x in (q, k))
         self.v = noise(case.key_heads)
         self.scale = case.head_dim**-0.5
-        self.plans = {
-            spec: make_plan(spec.pattern, self.q, self.k, case.q_layout, case.kv_layout, spec.density)
-            for spec in case.plans
-        }
+        self.plans = {spec: make_plan(spec.pattern, self.q, self.k, case.layout, spec.density) for spec in case.plans}
         for plan in self.plans.values():
             plan.transpose_csr()
 
     def inputs(self, plan: BlockPlan) -> Inputs:
-        shape = (self.case.batch, self.case.heads, self.case.q_layout.num_tokens)
+        shape = (self.case.batch, self.case.heads, self.case.layout.num_tokens)
         nothing = torch.zeros((), device=self.device).expand(shape)
         return Inputs(self.q, self.k, self.v, plan, self.grad, nothing, self.scale)
 
     def dense_plan(self) -> BlockPlan:
         """What dense attention computes, for the oracle."""
-        return BlockPlan.dense(self.case.q_layout.blocks, self.case.kv_layout.blocks, self.device)
+        return BlockPlan.dense(self.case.layout.q_blocks, self.case.layout.blocks, self.device)
 
     def describe_plans(self) -> dict[str, Any]:
         return {
@@ -230,9 +227,7 @@ def _entries(problem: _Problem, contenders: Sequence[Contender], result: dict[st
     """What can be timed; the rest goes to `left_out` with its reasons."""
     case, found = problem.case, []
     dense = problem.dense_plan()
-    raster = [layout.unpermute(x) for layout, x in
-              ((case.q_layout, problem.q), (case.kv_layout, problem.k), (case.kv_layout, problem.v))]  # fmt: skip
-    whole_op = case.whole_op and case.q_layout == case.kv_layout
+    raster = [case.layout.unpermute(x) for x in (problem.q, problem.k, problem.v)]
     for contender in contenders:
         plans = {"-": dense} if contender.kind == "dense" else {str(s): p for s, p in problem.plans.items()}
         for name, plan in plans.items():
@@ -252,11 +247,11 @@ def _entries(problem: _Problem, contenders: Sequence[Contender], result: dict[st
             found.append(
                 Entry("attention", contender, name, attend, tensors[:3], tensors[3], plan, pairs, possible, size)
             )
-        if not whole_op or contender.kind != "openvsa":
+        if contender.kind != "openvsa":
             continue
         for density in dict.fromkeys(spec.density for spec in case.plans):
             budget = Budget(keep_ratio=density)
-            plan = PooledTopK()(problem.q, problem.k, case.q_layout, budget)
+            plan = PooledTopK()(problem.q, problem.k, case.layout, budget)
             name = f"selected 1/{1 / density:g}"
             possible = _possible(problem, contender, name, plan, result)
             if possible is not None:
@@ -269,7 +264,7 @@ def _entries(problem: _Problem, contenders: Sequence[Contender], result: dict[st
 
 
 def _whole_op(backend: str, case: Case, budget: Budget, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-    return video_sparse_attention(q, k, v, case.q_layout, budget, weight, backend=backend)
+    return video_sparse_attention(q, k, v, case.layout, budget, weight, backend=backend)
 
 
 def _possible(
@@ -306,7 +301,7 @@ def _gate_sampled(problem: _Problem, entries: list[Entry], result: dict[str, Any
         try:
             if entry.budget is not None:
                 found = gate.check_whole_op_sample(
-                    entry.contender.name, inputs, problem.weight, case.q_layout, entry.budget, sample
+                    entry.contender.name, inputs, problem.weight, case.layout, entry.budget, sample
                 )
             else:
                 if entry.plan not in oracles:

@@ -204,7 +204,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 def _reasons(contender: Contender, case: Case, device: torch.device) -> list[str]:
     """Why a contender cannot run the op of a case here; the tensors take no memory."""
-    shape = (case.batch, case.q_layout.num_tokens, case.heads, case.head_dim)
+    shape = (case.batch, case.layout.num_tokens, case.heads, case.head_dim)
     q = torch.zeros((), dtype=case.torch_dtype, device=device).expand(shape)
-    plan = BlockPlan.dense(case.q_layout.blocks, case.kv_layout.blocks, device)
+    plan = BlockPlan.dense(case.layout.q_blocks, case.layout.blocks, device)
     return contender.reasons(Problem.of(q, q, q, plan), case)

@@ -1,0 +1,66 @@
+"""Result files: whole or absent, of a known schema, with the commit they were measured at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from openvsa import OpenVSAError
+from openvsa.bench import record
+from openvsa.bench.record import SCHEMA, load, new_record, result_path, write
+
+CPU = torch.device("cpu")
+
+
+def test_a_record_survives_the_file(tmp_path: Path) -> None:
+    made = new_record(CPU, "openvsa bench", "abc", {"seconds": 3})
+    path = result_path(tmp_path / "deep", made)
+    write(path, made)
+    assert load(path) == json.loads(json.dumps(made))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.name.startswith("bench-cpu-")
+
+
+def test_a_failed_write_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    write(path, {"schema": SCHEMA})
+    with pytest.raises(TypeError):
+        write(path, {"schema": SCHEMA, "bad": object()})
+    assert load(path) == {"schema": SCHEMA}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("{", "cannot be read"), ("[]", "schema None"), ('{"schema": "openvsa-bench/0"}', "'openvsa-bench/1' is needed")],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, match: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(OpenVSAError, match=match):
+        load(path)
+    with pytest.raises(OpenVSAError, match="cannot be read"):
+        load(tmp_path / "absent.json")
+
+
+def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = Path(record.__file__).parent
+    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = record.commit()
+    if head.returncode:
+        assert found is None
+    else:
+        assert found is not None
+        assert head.stdout.startswith(found.removesuffix("-dirty").split("-g")[-1])
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    assert record.commit() is None
+
+
+def test_results_in_the_repository_can_be_read() -> None:
+    files = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("bench-*.json"))
+    assert files
+    assert all(load(file)["cases"] for file in files)

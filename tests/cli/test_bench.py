@@ -1,0 +1,94 @@
+"""`openvsa bench` as it is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench_cases import SMALL
+from openvsa.bench import cases
+from openvsa.bench.cases import CASES
+
+
+@pytest.fixture(autouse=True)
+def small_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cases.CASES, "small", SMALL)
+
+
+def test_measure_and_compare(openvsa_command: Callable, tmp_path: Path) -> None:
+    arguments = ["bench", "--device", "cpu", "--case", "small", "--contenders", "cpu,dense-cudnn"]
+    outcome = openvsa_command(*arguments, "--commit", "abc", "--out", tmp_path)
+    assert outcome.status == 0, outcome
+    assert "without dense-cudnn" in outcome.out
+    [file] = tmp_path.iterdir()
+    assert f"wrote {file}" in outcome.out
+    record = json.loads(file.read_text())
+    assert record["commit"] == "abc"
+    assert record["command"].startswith("openvsa bench --device cpu")
+
+    assert openvsa_command("bench", "--compare", file, file).status == 0
+    slower = tmp_path / "slower.json"
+    for row in record["cases"][0]["rows"]:
+        row["ms"] *= 1.2
+    slower.write_text(json.dumps(record))
+    outcome = openvsa_command("bench", "--compare", file, slower)
+    assert outcome.status == 1
+    assert "6 of ours slower" in outcome.out
+    assert openvsa_command("bench", "--compare", slower, file).status == 0
+    assert openvsa_command("bench", "--compare", file, slower, "--threshold", "0.3").status == 0
+
+
+def test_a_failed_gate_is_said_and_is_the_status(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openvsa.bench import gate
+
+    vsa = gate.video_sparse_attention
+    monkeypatch.setattr(gate, "video_sparse_attention", lambda *a, **k: vsa(*a, **k) * 1.01)
+    outcome = openvsa_command("bench", "--device", "cpu", "--case", "small", "--contenders", "cpu")
+    assert outcome.status == 1
+    assert "gate FAILED: cpu: whole op" in outcome.out
+    assert "not timed, because the correctness gate failed: small" in outcome.out
+    assert "TFLOP/s" not in outcome.out
+
+
+def test_list_names_everything(openvsa_command: Callable) -> None:
+    outcome = openvsa_command("bench", "--list")
+    assert outcome.status == 0
+    for name in (*CASES, "quick", "flagship", "dense-fa4", "fastvideo", "cpu"):
+        assert name in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "small,nope"], "no case 'nope'"),
+        (["--suite", "slow"], "no suite 'slow'"),
+        (["--contenders", "cpu,nope"], "no contender 'nope'"),
+        (["--case", "s32k"], "measured on cuda, not on cpu"),
+        (["--compare", "a.json", "b.json"], "'a.json' cannot be read"),
+    ],
+)
+def test_wrong_arguments(openvsa_command: Callable, arguments: list[str], message: str) -> None:
+    outcome = openvsa_command("bench", "--device", "cpu", *arguments)
+    assert outcome.status == 2
+    assert message in outcome.err
+
+
+@pytest.mark.parametrize("device", ["tpu", "mps", "cuda:99"])
+def test_a_device_that_is_not_there(openvsa_command: Callable, device: str) -> None:
+    outcome = openvsa_command("bench", "--device", device)
+    assert outcome.status == 2
+    assert "--device" in outcome.err
+    assert device in outcome.err
+
+
+def test_a_spent_budget_is_said(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvsa.bench.run as run_module
+
+    clock = iter(range(0, 10**9, 100))
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: float(next(clock)))
+    outcome = openvsa_command("bench", "--device", "cpu", "--case", "small", "--contenders", "cpu", "--seconds", "1")
+    assert outcome.status == 0
+    assert "1 s are spent; not run: small" in outcome.out
