@@ -281,6 +281,19 @@ def test_compiles_in_one_graph(layout: TileLayout, warm: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_autocast_changes_nothing() -> None:
+    leaves = make(dtype=torch.float32)
+    layout = TileLayout(GRID, TILE)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=enabled):
+            out = video_sparse_attention(*leaves[:3], layout, Budget(top_k=3), leaves[3])
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, weight = make()
     layout, budget = TileLayout(GRID, TILE), Budget(top_k=3)

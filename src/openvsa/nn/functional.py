@@ -15,6 +15,7 @@ from openvsa.ops import block_sparse_attention
 from openvsa.ops.attention import check_qkv
 from openvsa.plan.rank import row_chunks
 from openvsa.select import PooledTopK, Selector, permute_pool, pooled_scores, unpermute_add
+from openvsa.select.pooled import product
 
 __all__ = ["compressed_attention", "video_sparse_attention"]
 
@@ -121,7 +122,7 @@ def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, s
 
 
 def _compressed_rows(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, scale: float) -> Tensor:
+    batch, num_q, heads, _ = q_pooled.shape
     p = pooled_scores(q_pooled, k_pooled, scale).softmax(-1)
-    v_pooled = v_pooled.repeat_interleave(q_pooled.shape[2] // v_pooled.shape[2], dim=2)
-    with torch.autocast(p.device.type, enabled=False):
-        return torch.einsum("bhqn,bnhd->bqhd", p, v_pooled)
+    p = p.unflatten(1, (v_pooled.shape[2], -1)).flatten(2, 3)
+    return product(p, v_pooled.transpose(1, 2)).reshape(batch, heads, num_q, -1).transpose(1, 2)

@@ -27,10 +27,37 @@ def pooled_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
     """
     if q_pooled.dtype == torch.float32 and has_kernels(q_pooled, k_pooled):
         return _block_scores(q_pooled, k_pooled, scale)
-    groups = q_pooled.shape[2] // k_pooled.shape[2]
-    q_pooled = q_pooled.unflatten(2, (k_pooled.shape[2], groups))
-    with torch.autocast(q_pooled.device.type, enabled=False):
-        return torch.einsum("bqkgd,bnkd->bkgqn", q_pooled, k_pooled).flatten(1, 2) * scale
+    batch, num_q, heads, _ = q_pooled.shape
+    scores = product(by_kv_head(q_pooled, k_pooled.shape[2]), k_pooled.permute(0, 2, 3, 1))
+    return scores.reshape(batch, heads, num_q, k_pooled.shape[1]) * scale
+
+
+def by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Rows of the query heads that share a key head, one after another: x [B, N, H, D] to [B, Hkv, H / Hkv * N, D]."""
+    return x.transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product in the dtype of its operands also under autocast, and so is its gradient. a and b have the
+    same leading dimensions."""
+    return _Product.apply(a, b)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        # This may run inside an autocast region of its own.
+        a, b = ctx.saved_tensors
+        return _Product.apply(grads[0], b.mT), _Product.apply(a.mT, grads[0])
 
 
 @torch.library.custom_op("openvsa::block_scores", mutates_args=())
@@ -53,14 +80,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     q_pooled, k_pooled = ctx.saved_tensors
+    batch, num_q, heads, dim = q_pooled.shape
     kv_heads = k_pooled.shape[2]
-    # A backward pass may be started inside an autocast region.
-    with torch.autocast(grad.device.type, enabled=False):
-        grad = grad.unflatten(1, (kv_heads, -1))
-        q_pooled = q_pooled.unflatten(2, (kv_heads, -1))
-        grad_q = torch.einsum("bkgqn,bnkd->bqkgd", grad, k_pooled).flatten(2, 3) * ctx.scale
-        grad_k = torch.einsum("bkgqn,bqkgd->bnkd", grad, q_pooled) * ctx.scale
-    return grad_q, grad_k, None
+    grad = grad.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    grad_q = product(grad, k_pooled.transpose(1, 2)).reshape(batch, heads, num_q, dim).transpose(1, 2)
+    grad_k = product(grad.mT, by_kv_head(q_pooled, kv_heads)).transpose(1, 2)
+    return grad_q * ctx.scale, grad_k * ctx.scale, None
 
 
 _block_scores.register_autograd(_differentiate, setup_context=_save)
