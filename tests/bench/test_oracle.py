@@ -9,7 +9,7 @@ from helpers import Case, make_inputs
 from openvsa import BlockPlan, Budget, TileLayout, video_sparse_attention
 from openvsa.bench import oracle
 from openvsa.bench.gate import plain_vsa
-from openvsa.bench.oracle import Sample, run_reference, run_sample, sampled
+from openvsa.bench.oracle import Sample, run_reference, run_sample, sample_sensitivity, sampled, sensitivity
 from openvsa.select import PooledTopK
 
 RAGGED = Case(
@@ -30,6 +30,10 @@ def test_sampled_blocks_are_those_of_the_reference(case: Case, chunk: int, monke
     expected = sampled(whole, inputs.plan, sample, case.heads // case.kv_heads)
     for name, value in run_sample(inputs, sample, torch.float64)._asdict().items():
         torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    exact = run_reference(inputs, torch.float64)
+    expected = sampled(sensitivity(inputs, exact)._asdict(), inputs.plan, sample, case.heads // case.kv_heads)
+    for name, value in sample_sensitivity(inputs, sample)._asdict().items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"terms of {name}: {text}")
 
 
 def test_only_query_blocks_can_be_asked_for() -> None:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from openvsa.bench.cases import Case
 from openvsa.bench.contenders import Attend
-from openvsa.bench.oracle import Inputs, Results, Sample, run_reference, run_sample, sampled, sensitivity
+from openvsa.bench.oracle import (
+    Inputs,
+    Results,
+    Sample,
+    run_reference,
+    run_sample,
+    sample_sensitivity,
+    sampled,
+    sensitivity,
+)
 from openvsa.bench.tolerance import FORWARD, GRADIENT, judge
 from openvsa.config import Budget
 from openvsa.layout import BlockOffsets, TileLayout
@@ -28,6 +37,7 @@ from openvsa.select import PooledTopK, pool_mean
 
 __all__ = [
     "Checked",
+    "Expected",
     "check_sample",
     "check_small",
     "check_whole_op_sample",
@@ -74,7 +84,7 @@ def check_small(backend: Backend, case: Case, device: torch.device) -> Checked:
         exact = run_reference(inputs, torch.float64)
         naive = run_reference(inputs, _naive_dtype(inputs.q.dtype))
         kernel = _op(backend.name, inputs, needs_grad)
-        found = _compare(name, kernel, naive, exact, sensitivity(inputs, exact))
+        found = _compare(name, kernel, Expected(exact, naive, sensitivity(inputs, exact)))
         if layout is not None and needs_grad:
             found = found.and_also(_check_whole_op(backend.name, f"whole op, {name}", inputs, layout))
         total = total.and_also(found)
@@ -94,9 +104,17 @@ def choose_sample(plan: BlockPlan, kv_heads: int, batch: int) -> Sample:
     return Sample(pick(batch), pick(kv_heads), q_blocks, kv_blocks)
 
 
-def check_sample(name: str, kernel: dict[str, Tensor], exact: Results, naive: Results) -> Checked:
+class Expected(NamedTuple):
+    """The oracle's results, those of plain torch in the dtype of the problem, and the terms of the tolerance."""
+
+    exact: Results
+    naive: Results
+    terms: Results
+
+
+def check_sample(name: str, kernel: dict[str, Tensor], expected: Expected) -> Checked:
     """Sampled results of a contender (as `sampled` gives them; lse or gradients may be missing)."""
-    return _compare(name, kernel, naive, exact, None)
+    return _compare(name, kernel, expected)
 
 
 def run_and_grad(
@@ -116,10 +134,10 @@ def run_and_grad(
     return sampled(found, inputs.plan, sample, inputs.q.shape[2] // inputs.k.shape[2])
 
 
-def sample_of_oracle(inputs: Inputs, sample: Sample) -> tuple[Results, Results]:
-    """The sampled part in fp64 and as plain torch has it in the dtype of the problem."""
+def sample_of_oracle(inputs: Inputs, sample: Sample) -> Expected:
+    """What is expected of the sampled part."""
     naive = run_sample(inputs, sample, _naive_dtype(inputs.q.dtype))
-    return run_sample(inputs, sample, torch.float64), naive
+    return Expected(run_sample(inputs, sample, torch.float64), naive, sample_sensitivity(inputs, sample))
 
 
 def check_whole_op_sample(
@@ -134,10 +152,11 @@ def check_whole_op_sample(
     rows = sampled({"out": layout.permute(weight)}, inputs.plan, sample, groups)["out"]
     kernel = sampled({"out": out}, inputs.plan, sample, groups)
     results = []
-    for sparse, dtype in zip(sample_of_oracle(inputs, sample), (torch.float64, inputs.q.dtype), strict=True):
+    expected = sample_of_oracle(inputs, sample)
+    for sparse, dtype in ((expected.exact, torch.float64), (expected.naive, _naive_dtype(inputs.q.dtype))):
         compressed = _compressed_rows(inputs, layout, sample).to(dtype)
         results.append(sparse._replace(out=sparse.out + rows.to(dtype) * compressed))
-    return _compare("whole op", kernel, results[1], results[0], None)
+    return _compare("whole op", kernel, Expected(results[0], results[1], expected.terms))
 
 
 def _compressed_rows(inputs: Inputs, layout: TileLayout, sample: Sample) -> Tensor:
@@ -196,12 +215,11 @@ def _op(backend: str, inputs: Inputs, needs_grad: bool) -> dict[str, Tensor]:
     return found
 
 
-def _compare(name: str, kernel: dict[str, Tensor], naive: Results, exact: Results, terms: Results | None) -> Checked:
+def _compare(name: str, kernel: dict[str, Tensor], expected: Expected) -> Checked:
     complaints, share = [], 0.0
     for what, got in kernel.items():
-        factor = FORWARD if what in ("out", "lse") else GRADIENT
-        of_terms = getattr(terms, what) if terms is not None else None
-        verdict = judge(got, getattr(naive, what), getattr(exact, what), factor, of_terms)
+        naive, exact, terms = (getattr(part, what) for part in (expected.naive, expected.exact, expected.terms))
+        verdict = judge(got, naive, exact, FORWARD if what in ("out", "lse") else GRADIENT, terms)
         complaints += [f"{name}: {what}: {complaint}" for complaint in verdict.complaints]
         share = max(share, verdict.share)
     return Checked(1, complaints, share, [])
@@ -228,12 +246,18 @@ def _check_whole_op(backend: str, name: str, inputs: Inputs, layout: TileLayout)
     q, k, v, w = leaves
     out = video_sparse_attention(q, k, v, layout, budget, w, backend=backend)
     kernel = [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out)]
+    # What the sparse branch is the difference of; the compressed branch and its weight have smaller terms.
+    q, k, v, grad_out = (layout.permute(x.detach()) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
+    sparse = Inputs(q, k, v, plan, grad_out, inputs.grad_lse, inputs.scale)
+    terms = sensitivity(sparse, run_reference(sparse, torch.float64))
+    terms = [layout.unpermute(x) for x in (terms.out, terms.dq, terms.dk, terms.dv)]
     complaints, share = [], 0.0
     rows = zip(
-        ("out", "dq", "dk", "dv", "dw"), kernel, plain(_naive_dtype(out.dtype)), plain(torch.float64), strict=True
-    )
-    for what, got, naive, exact in rows:
-        verdict = judge(got, naive, exact, FORWARD if what == "out" else GRADIENT)
+        ("out", "dq", "dk", "dv", "dw"), kernel, plain(_naive_dtype(out.dtype)), plain(torch.float64), [*terms, None],
+        strict=True,
+    )  # fmt: skip
+    for what, got, naive, exact, of_terms in rows:
+        verdict = judge(got, naive, exact, FORWARD if what == "out" else GRADIENT, of_terms)
         complaints += [f"{name}: {what}: {complaint}" for complaint in verdict.complaints]
         share = max(share, verdict.share)
     return Checked(1, complaints, share, [])

@@ -7,6 +7,7 @@ square of the sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from openvsa.ops.reference import reference_attention
 from openvsa.plan import BlockPlan
 
-__all__ = ["Inputs", "Results", "Sample", "run_reference", "run_sample", "sampled", "sensitivity"]
+__all__ = ["Inputs", "Results", "Sample", "run_reference", "run_sample", "sample_sensitivity", "sampled", "sensitivity"]
 
 # Largest tensor that `run_sample` makes.
 _CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -126,6 +127,30 @@ def sampled(found: dict[str, Tensor], plan: BlockPlan, sample: Sample, groups: i
 def run_sample(inputs: Inputs, sample: Sample, dtype: torch.dtype) -> Results:
     """The sampled part of a problem by the formulas of attention and its gradient, computed in `dtype`; sums over
     chunks of query blocks are kept in fp32 or better. `grad_lse` is taken to be zero."""
+    return _walk(inputs, sample, dtype, _chunk)
+
+
+def sample_sensitivity(inputs: Inputs, sample: Sample) -> Results:
+    """The sampled part of `sensitivity`."""
+    squares = _walk(inputs, sample, torch.float64, _chunk_sensitivity)
+    return squares._replace(dk=squares.dk.sqrt(), dv=squares.dv.sqrt())
+
+
+class _Chunk(NamedTuple):
+    """Some rows: out, lse, dq, and what they add to dk and dv of the sampled columns."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+_OfRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], _Chunk]
+
+
+def _walk(inputs: Inputs, sample: Sample, dtype: torch.dtype, of_rows: _OfRows) -> Results:
+    """`of_rows` over every query block that the sample needs, a few at a time."""
     plan, b = inputs.plan, sample.batch
     groups = inputs.q.shape[2] // inputs.k.shape[2]
     first = sample.kv_head * groups
@@ -136,8 +161,8 @@ def run_sample(inputs: Inputs, sample: Sample, dtype: torch.dtype) -> Results:
     mask = mask[b if mask.shape[0] > 1 else 0]
     wide = torch.promote_types(dtype, torch.float32)
     dk, dv = (torch.zeros(columns.numel(), x.shape[-1], dtype=wide, device=x.device) for x in (k, v))
-    wanted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    a_chunk = max(1, _CHUNK_BYTES[k.device.type] // (k.shape[0] * torch.finfo(dtype).bits // 8 * plan.q_blocks.max_len))
+    wanted: dict[int, tuple[Tensor, ...]] = {}
+    a_chunk = max(1, _CHUNK_BYTES[k.device.type] // (k.shape[0] * dtype.itemsize * plan.q_blocks.max_len))
     for head in range(first, first + groups):
         reads = mask[head if mask.shape[0] > 1 else 0]
         needed = set(reads[:, list(sample.kv_blocks)].any(1).nonzero().flatten().tolist())
@@ -150,21 +175,52 @@ def run_sample(inputs: Inputs, sample: Sample, dtype: torch.dtype) -> Results:
             q, do = (x[b, tokens, head].to(dtype) for x in (inputs.q, inputs.grad_out))
             hidden = ~reads[blocks].repeat_interleave(kv_lens, 1)
             hidden = hidden.repeat_interleave(torch.tensor(lens, device=hidden.device), 0)
-            empty = hidden.all(1, keepdim=True)
-            scores = (q @ k.t() * inputs.scale).masked_fill(hidden, float("-inf"))
-            lse = scores.logsumexp(1)
-            p = scores.masked_fill(empty, 0.0).softmax(1).masked_fill(empty, 0.0)
-            dp = do @ v.t()
-            ds = p * (dp - (p * dp).sum(1, keepdim=True))
-            dk += (ds[:, columns].t() @ q).to(wide) * inputs.scale
-            dv += (p[:, columns].t() @ do).to(wide)
+            found = of_rows(q, k, v, do, hidden, columns, inputs.scale)
+            dk += found.dk.to(wide)
+            dv += found.dv.to(wide)
             if head == first:
-                results = (p @ v, lse, ds @ k * inputs.scale)
-                parts = (x.split(lens) for x in results)
+                parts = (x.split(lens) for x in found[:3])
                 wanted |= dict(zip(blocks, zip(*parts, strict=True), strict=True))
-    rows = [torch.cat([wanted[i][n] for i in sample.q_blocks]) for n in range(3)]
-    lse = rows[1] if dtype == torch.float64 else rows[1].float()
-    return Results(rows[0], lse, rows[2], dk.to(dtype), dv.to(dtype))
+    out, lse, dq = (torch.cat([wanted[i][n] for i in sample.q_blocks]) for n in range(3))
+    return Results(out, lse if dtype == torch.float64 else lse.float(), dq, dk.to(dtype), dv.to(dtype))
+
+
+def _chunk(q: Tensor, k: Tensor, v: Tensor, do: Tensor, hidden: Tensor, columns: Tensor, scale: float) -> _Chunk:
+    empty = hidden.all(1, keepdim=True)
+    scores = (q @ k.t() * scale).masked_fill(hidden, float("-inf"))
+    p = scores.masked_fill(empty, 0.0).softmax(1).masked_fill(empty, 0.0)
+    dp = do @ v.t()
+    ds = p * (dp - (p * dp).sum(1, keepdim=True))
+    return _Chunk(
+        out=p @ v,
+        lse=scores.logsumexp(1),
+        dq=ds @ k * scale,
+        dk=ds[:, columns].t() @ q * scale,
+        dv=p[:, columns].t() @ do,
+    )
+
+
+def _chunk_sensitivity(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, hidden: Tensor, columns: Tensor, scale: float
+) -> _Chunk:
+    """As `sensitivity`, whose docstring has the reasons; dk and dv as squares, which add up over rows."""
+    empty = hidden.all(1, keepdim=True)
+    scores = (q @ k.t() * scale).masked_fill(hidden, float("-inf"))
+    p = scores.masked_fill(empty, 0.0).softmax(1).masked_fill(empty, 0.0)
+    score = (q.abs() @ k.abs().t() * scale).masked_fill(hidden, 0.0).amax(1)
+    out = p @ v
+    row = do * out
+    ds = p * (do @ v.t() - row.sum(1, keepdim=True))
+    ds = p * (do.abs() @ v.abs().t() + row.abs().sum(1, keepdim=True)) + ds.abs() * score[:, None]
+    p2, ds2 = p**2, (ds * scale) ** 2
+    away = p2 @ v**2 - 2 * out * (p2 @ v) + out**2 * p2.sum(1, keepdim=True)
+    return _Chunk(
+        out=away.clamp_min(0).sqrt() * score[:, None],
+        lse=score,
+        dq=(ds2 @ k**2).sqrt(),
+        dk=ds2[:, columns].t() @ q**2,
+        dv=((p * score[:, None])[:, columns] ** 2).t() @ do**2,
+    )
 
 
 def _tokens(lens: tuple[int, ...], blocks: tuple[int, ...], device: torch.device) -> Tensor:

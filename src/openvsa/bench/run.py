@@ -306,11 +306,11 @@ def _gate_sampled(problem: _Problem, entries: list[Entry], result: dict[str, Any
             else:
                 if entry.plan not in oracles:
                     oracles[entry.plan] = gate.sample_of_oracle(inputs, sample)
-                exact, naive = oracles[entry.plan]
                 kernel = gate.run_and_grad(
                     entry.attend, inputs, sample, heads_first=entry.contender.heads_first, needs_grad=entry.needs_grad
                 )
-                found = gate.check_sample(f"{entry.contender.name} on {entry.plan}", kernel, exact, naive)
+                name = f"{entry.contender.name} on {entry.plan}"
+                found = gate.check_sample(name, kernel, oracles[entry.plan])
             complaints = found.complaints
             result["gate"].setdefault(entry.contender.name, {}).setdefault("sampled", {})[
                 f"{entry.op} {entry.plan}"
