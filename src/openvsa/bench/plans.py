@@ -108,7 +108,7 @@ def _field(fit: TileLayout, channels: int, generator: torch.Generator, device: t
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(nodes)]
     fine = interpolate(coarse, size=fit.grid, mode=mode, align_corners=True)
     fine = fine.flatten(2)[0].t()
-    return (fine - fine.mean(0)) / fine.std(0)
+    return ((fine - fine.mean(0)) / fine.std(0)).contiguous()
 
 
 def _calibrate(fit: TileLayout, fields: tuple[Tensor, Tensor], noises: list[Tensor], heads: int) -> Tensor:
