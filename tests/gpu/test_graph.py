@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -73,6 +74,18 @@ def test_forward_and_backward(layout: TileLayout, branch: bool) -> None:
 
     def run() -> list[Tensor]:
         out = video_sparse_attention(*leaves[:3], layout, BUDGETS[0], leaves[3] if branch else None)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    replays_equal_eager(leaves, run)
+
+
+def test_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS[1]
+    monkeypatch.setattr(sys.modules["openvsa.plan.rank"], "MAX_SCORES", 2 * 4 * layout.num_tiles * 5)
+    leaves = make(layout.num_tokens)
+
+    def run() -> list[Tensor]:
+        out = video_sparse_attention(*leaves[:3], layout, BUDGETS[1], leaves[3])
         return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
     replays_equal_eager(leaves, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -122,6 +123,20 @@ def test_video_sparse_attention(text: int) -> None:
         layout = TileLayout(grid, (4, 4, 4), suffix=text)
         leaves = [torch.randn(1, layout.num_tokens, 2, 64, device=DEVICE, requires_grad=True) for _ in range(4)]
         out = video_sparse_attention(*leaves[:3], layout, Budget(keep_ratio=0.25), leaves[3])
+        torch.autograd.grad(out.sum(), leaves)
+
+    run((9, 10, 11))
+    with no_sync():
+        run((5, 6, 7))
+
+
+def test_query_blocks_of_several_tiles_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["openvsa.plan.rank"], "MAX_SCORES", 2 * 12 * 4)
+
+    def run(grid: tuple[int, int, int]) -> None:
+        layout = TileLayout(grid, (4, 4, 4), suffix=9, q_tiles=(1, 1, 2))
+        leaves = [torch.randn(1, layout.num_tokens, 2, 64, device=DEVICE, requires_grad=True) for _ in range(4)]
+        out = video_sparse_attention(*leaves[:3], layout, Budget(keep_ratio=0.25, keep_first=1), leaves[3])
         torch.autograd.grad(out.sum(), leaves)
 
     run((9, 10, 11))

@@ -29,8 +29,11 @@ def has_kernels(*tensors: Tensor) -> bool:
 
 def kernels_on(device: torch.device) -> bool:
     """Whether Triton kernels run on `device`."""
-    if device.type == "cpu":
-        return _TRITON and _INTERPRETED
-    if device.type != "cuda" or not _TRITON:
+    if not _TRITON or device.type not in ("cpu", "cuda"):
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return _INTERPRETED if device.type == "cpu" else _gpu_is_new_enough(device.index)
+
+
+@config.machine_fact
+def _gpu_is_new_enough(index: int | None) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)

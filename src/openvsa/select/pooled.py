@@ -138,9 +138,9 @@ def _with_text(counts: Tensor, indices: Tensor, layout: TileLayout) -> tuple[Ten
     after = num_blocks - tiles.stop
     every = torch.arange(num_blocks, dtype=torch.int32, device=indices.device)
     # Ascending: text before, the kept tiles, text after; a row that keeps fewer tiles ends earlier.
-    slot = torch.arange(indices.shape[-1] + after, device=indices.device) - counts[..., None]
+    slot = torch.arange(indices.shape[-1] + after, dtype=torch.int32, device=indices.device) - counts[..., None]
     kept = torch.nn.functional.pad(indices + tiles.start, (0, after))
-    kept = torch.where(slot < 0, kept, (slot + tiles.stop) * (slot < after)).int()
+    kept = torch.where(slot < 0, kept, (slot + tiles.stop) * (slot < after))
     kept = torch.cat([every[: tiles.start].expand(*kept.shape[:-1], -1), kept], -1)
     kept = torch.nn.functional.pad(kept, (0, num_blocks - kept.shape[-1]))
     # Rows of text before and after those of tiles.
