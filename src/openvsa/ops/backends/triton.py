@@ -5,11 +5,15 @@ Three kernels, none with atomics, so results repeat bit for bit:
             (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691);
   dq        the same walk, recomputing the weights from lse; it also leaves the row term `delta` for the third kernel;
   dkv       one program per key block and key head walks the query blocks that read it, over its group of query heads.
+Seven matrix products for a pair of blocks backward, where one kernel that adds to dq with atomics needs five: on an
+H200 that one took 7.2 ms where these two take 4.9 (B=1 H=12 S=32768 D=128, one eighth of the blocks).
 
 Blocks are contiguous runs of tokens of any length from 1 to 128. A kernel walks blocks in pieces of at most
-BLOCK_M query rows and BLOCK_N key rows. Rows of a piece past the end of its block repeat the last token of the
-block: nothing outside the block is ever read, loads of rows need no mask, and what those rows would add is removed
-by a bias of -inf on their scores.
+BLOCK_M query rows and BLOCK_N key rows, and reads the pieces that it walks over in one of two ways:
+  pointers  rows of a piece past the end of its block repeat the last token of the block: nothing outside the block
+            is ever read, loads of rows need no mask, and the weights of those rows are set to 0;
+  maps      where all blocks are equally long and the GPU has a tensor memory accelerator (sm_90 and newer), tensor
+            maps load whole pieces: no addresses, no masks, a third fewer registers.
 
 Scores are kept in units of log2 inside the kernels (exp2 is the native instruction); lse leaves in natural log.
 The scale multiplies the fp32 product: folding it into bf16 keys would round it.
@@ -29,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from openvsa.ops.plan_tensors import PlanTensors
 
@@ -55,15 +60,32 @@ def _first(x, strides, batch, head, start):
 
 
 @triton.jit
-def _load(x, strides, batch, head, start, length, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens start + rows, [len(rows), BLOCK_D]; rows past the end of the block repeat its last token."""
-    dims = tl.arange(0, BLOCK_D)
-    inside = tl.minimum(rows, length - 1)
+def _load(
+    x, strides, batch, head, start, length, row, column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Tokens start + row + (0 .. ROWS) and dimensions column + (0 .. COLUMNS) of one head, [ROWS, COLUMNS]. Rows past
+    the end of the block repeat its last token; dimensions past HEAD_DIM are 0."""
+    dims = column + tl.arange(0, COLUMNS)
+    inside = tl.minimum(row + tl.arange(0, ROWS), length - 1)
     pointers = _first(x, strides, batch, head, start) + inside[:, None] * strides[1] + dims[None, :]
-    if HEAD_DIM == BLOCK_D:
+    if HEAD_DIM % COLUMNS == 0:
         tile = tl.load(pointers)
     else:
         tile = tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_piece(
+    x, x_map, strides, batch, head, start, length, row, column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, MAPPED: tl.constexpr,
+):  # fmt: skip
+    """The same by a tensor map, or by pointers."""
+    if MAPPED:
+        tile = x_map.load([batch, head, start + row, column]).reshape(ROWS, COLUMNS)
+    else:
+        tile = _load(x, strides, batch, head, start, length, row, column, ROWS, COLUMNS, HEAD_DIM)
     return tile
 
 
@@ -83,47 +105,103 @@ def _block(offsets, index):
     return start, tl.load(offsets + index + 1) - start
 
 
+@triton.jit
+def _block_walked(offsets, index, LENGTH: tl.constexpr, MAPPED: tl.constexpr):
+    """The same. Mapped blocks are equally long, LENGTH tokens."""
+    if MAPPED:
+        start = index * LENGTH
+        length = LENGTH
+    else:
+        start, length = _block(offsets, index)
+    return start, length
+
+
+@triton.jit
+def _in_registers(x, WIDTH: tl.constexpr):
+    """x, [rows, WIDTH], in the registers where Hopper's product leaves its result, which are also those where it takes
+    a left operand from. Nothing but a product puts it there, so x goes through one with the identity, exactly."""
+    if not INTERPRETED:
+        d = tl.arange(0, WIDTH)
+        x = _dot(x, tl.where(d[:, None] == d[None, :], 1.0, 0.0).to(x.dtype)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _renewed(x, index):
+    """x, made again from itself and the index of a block, which is not negative, though no compiler knows.
+    ptxas (of CUDA 12.8, with Triton 3.6) lets a loop overwrite the registers of a left operand that stays the same in
+    every round (seen in its machine code, and in wrong results at head_dim 64), so it must not look the same."""
+    return (x.to(tl.int16, bitcast=True) ^ (index >> 31).to(tl.int16)).to(x.dtype, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["num_q_blocks", "list_width", "seq_q"])
 def _forward_kernel(
-    q, k, v, out, lse,
+    q, k, v, k_map, v_map, out, lse,
     q_strides, k_strides, v_strides, out_strides,
     q_offsets, kv_offsets, kv_num_blocks, kv_indices,
     plan_steps, num_q_blocks, list_width, seq_q, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PIECES: tl.constexpr, KV_PIECES: tl.constexpr,
+    HALF_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     q_block = tl.program_id(0) // Q_PIECES
     head = tl.program_id(1)
     batch = tl.program_id(2)
     q_start, q_length = _block(q_offsets, q_block)
-    q_rows = (tl.program_id(0) % Q_PIECES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_row = (tl.program_id(0) % Q_PIECES) * BLOCK_M
     list_row = (batch * plan_steps[0] + head * plan_steps[1]).to(tl.int64) * num_q_blocks + q_block
     count = tl.load(kv_num_blocks + list_row)
     kv_list = kv_indices + list_row * list_width
 
     kv_head = head // GROUP
-    q_tile = _load(q, q_strides, batch, head, q_start, q_length, q_rows, HEAD_DIM, BLOCK_D)
+    HALF: tl.constexpr = BLOCK_D // 2
+    if HALF_IN_REGISTERS:
+        q_lo = _load(q, q_strides, batch, head, q_start, q_length, q_row, 0, BLOCK_M, HALF, HEAD_DIM)
+        q_hi = _load(q, q_strides, batch, head, q_start, q_length, q_row, HALF, BLOCK_M, HALF, HEAD_DIM)
+        q_lo = _in_registers(q_lo, HALF)
+    else:
+        q_tile = _load(q, q_strides, batch, head, q_start, q_length, q_row, 0, BLOCK_M, BLOCK_D, HEAD_DIM)
 
+    score_scale = scale * LOG2_E
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in range(count * KV_PIECES):
         entry = step // KV_PIECES
-        kv_start, kv_length = _block(kv_offsets, tl.load(kv_list + entry))
-        kv_rows = (step - entry * KV_PIECES) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k_tile = _load(k, k_strides, batch, kv_head, kv_start, kv_length, kv_rows, HEAD_DIM, BLOCK_D)
-        bias = tl.where(kv_rows < kv_length, 0.0, float("-inf"))
-        scores = _dot(q_tile, tl.trans(k_tile)) * (scale * LOG2_E) + bias[None, :]
+        kv_row = (step - entry * KV_PIECES) * BLOCK_N
+        index = tl.load(kv_list + entry)
+        start, length = _block_walked(kv_offsets, index, KV_PIECES * BLOCK_N, MAPPED)
+        if HALF_IN_REGISTERS:
+            k_lo = _load_piece(
+                k, k_map, k_strides, batch, kv_head, start, length, kv_row, 0, BLOCK_N, HALF, HEAD_DIM, MAPPED
+            )
+            k_hi = _load_piece(
+                k, k_map, k_strides, batch, kv_head, start, length, kv_row, HALF, BLOCK_N, HALF, HEAD_DIM, MAPPED
+            )
+            scores = _dot(_renewed(q_lo, index), tl.trans(k_lo))
+            scores = _dot(q_hi, tl.trans(k_hi), scores)
+        else:
+            k_tile = _load_piece(
+                k, k_map, k_strides, batch, kv_head, start, length, kv_row, 0, BLOCK_N, BLOCK_D, HEAD_DIM, MAPPED
+            )
+            scores = _dot(q_tile, tl.trans(k_tile))
 
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # The scale is not negative, and a repeated last token does not change a maximum.
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * score_scale)
         shrink = tl.exp2(row_max - new_max)
-        p = tl.exp2(scores - new_max[:, None])
+        p = tl.exp2(scores * score_scale - new_max[:, None])
+        if not MAPPED:  # noqa: SIM102, one is for the compiler, one for the GPU
+            if length < kv_row + BLOCK_N:
+                p = tl.where((kv_row + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        v_tile = _load(v, v_strides, batch, kv_head, kv_start, kv_length, kv_rows, HEAD_DIM, BLOCK_D)
+        v_tile = _load_piece(
+            v, v_map, v_strides, batch, kv_head, start, length, kv_row, 0, BLOCK_N, BLOCK_D, HEAD_DIM, MAPPED
+        )
         acc = _dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
         row_max = new_max
 
     # A row that read nothing has row_sum 0 and row_max -inf: dividing by 1 gives out 0 and lse -inf.
+    q_rows = q_row + tl.arange(0, BLOCK_M)
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     acc = acc / row_sum[:, None]
     _store(out, out_strides, batch, head, q_start, q_length, q_rows, acc, HEAD_DIM, BLOCK_D)
@@ -133,26 +211,27 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_q_blocks", "list_width", "seq_q"])
 def _dq_kernel(
-    q, k, v, out, do, dq, lse, dlse, delta,
+    q, k, v, k_map, v_map, out, do, dq, lse, dlse, delta,
     q_strides, k_strides, v_strides, out_strides, do_strides, dq_strides,
     q_offsets, kv_offsets, kv_num_blocks, kv_indices,
     plan_steps, num_q_blocks, list_width, seq_q, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PIECES: tl.constexpr, KV_PIECES: tl.constexpr,
 ):  # fmt: skip
     q_block = tl.program_id(0) // Q_PIECES
     head = tl.program_id(1)
     batch = tl.program_id(2)
     q_start, q_length = _block(q_offsets, q_block)
-    q_rows = (tl.program_id(0) % Q_PIECES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_row = (tl.program_id(0) % Q_PIECES) * BLOCK_M
+    q_rows = q_row + tl.arange(0, BLOCK_M)
     list_row = (batch * plan_steps[0] + head * plan_steps[1]).to(tl.int64) * num_q_blocks + q_block
     count = tl.load(kv_num_blocks + list_row)
     kv_list = kv_indices + list_row * list_width
 
     kv_head = head // GROUP
-    q_tile = _load(q, q_strides, batch, head, q_start, q_length, q_rows, HEAD_DIM, BLOCK_D)
-    do_tile = _load(do, do_strides, batch, head, q_start, q_length, q_rows, HEAD_DIM, BLOCK_D)
-    out_tile = _load(out, out_strides, batch, head, q_start, q_length, q_rows, HEAD_DIM, BLOCK_D)
+    q_tile = _load(q, q_strides, batch, head, q_start, q_length, q_row, 0, BLOCK_M, BLOCK_D, HEAD_DIM)
+    do_tile = _load(do, do_strides, batch, head, q_start, q_length, q_row, 0, BLOCK_M, BLOCK_D, HEAD_DIM)
+    out_tile = _load(out, out_strides, batch, head, q_start, q_length, q_row, 0, BLOCK_M, BLOCK_D, HEAD_DIM)
 
     # d loss / d score = p * (dp - sum(do * out) + dlse); the last two depend on the row alone.
     row = (batch * tl.num_programs(1) + head).to(tl.int64) * seq_q + q_start + tl.minimum(q_rows, q_length - 1)
@@ -163,13 +242,18 @@ def _dq_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in range(count * KV_PIECES):
         entry = step // KV_PIECES
-        kv_start, kv_length = _block(kv_offsets, tl.load(kv_list + entry))
-        kv_rows = (step - entry * KV_PIECES) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k_tile = _load(k, k_strides, batch, kv_head, kv_start, kv_length, kv_rows, HEAD_DIM, BLOCK_D)
-        v_tile = _load(v, v_strides, batch, kv_head, kv_start, kv_length, kv_rows, HEAD_DIM, BLOCK_D)
-        bias = tl.where(kv_rows < kv_length, 0.0, float("-inf"))
-        scores = _dot(q_tile, tl.trans(k_tile)) * (scale * LOG2_E) + bias[None, :]
-        p = tl.exp2(scores - row_lse[:, None])
+        kv_row = (step - entry * KV_PIECES) * BLOCK_N
+        start, length = _block_walked(kv_offsets, tl.load(kv_list + entry), KV_PIECES * BLOCK_N, MAPPED)
+        k_tile = _load_piece(
+            k, k_map, k_strides, batch, kv_head, start, length, kv_row, 0, BLOCK_N, BLOCK_D, HEAD_DIM, MAPPED
+        )
+        v_tile = _load_piece(
+            v, v_map, v_strides, batch, kv_head, start, length, kv_row, 0, BLOCK_N, BLOCK_D, HEAD_DIM, MAPPED
+        )
+        p = tl.exp2(_dot(q_tile, tl.trans(k_tile)) * (scale * LOG2_E) - row_lse[:, None])
+        if not MAPPED:  # noqa: SIM102, one is for the compiler, one for the GPU
+            if length < kv_row + BLOCK_N:
+                p = tl.where((kv_row + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
         dp = _dot(do_tile, tl.trans(v_tile))
         ds = p * (dp - row_delta[:, None])
         acc = _dot(ds.to(k_tile.dtype), k_tile, acc)
@@ -179,20 +263,21 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=["num_kv_blocks", "list_width", "seq_q"])
 def _dkv_kernel(
-    q, k, v, do, dk, dv, lse, delta,
+    q, k, v, do, q_map, do_map, dk, dv, lse, delta,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
-    q_offsets, kv_offsets, q_starts, q_indices,
-    plan_steps, num_kv_blocks, list_width, seq_q, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_offsets, kv_offsets, q_starts, q_indices, kv_order,
+    plan_steps, order_steps, num_kv_blocks, list_width, seq_q, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PIECES: tl.constexpr, KV_PIECES: tl.constexpr,
 ):  # fmt: skip
-    kv_block = tl.program_id(0) // KV_PIECES
     kv_head = tl.program_id(1)
     batch = tl.program_id(2)
+    order_row = (batch * order_steps[0] + kv_head * order_steps[1]).to(tl.int64) * num_kv_blocks
+    kv_block = tl.load(kv_order + order_row + tl.program_id(0) // KV_PIECES)
     kv_start, kv_length = _block(kv_offsets, kv_block)
-    kv_rows = (tl.program_id(0) % KV_PIECES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_tile = _load(k, k_strides, batch, kv_head, kv_start, kv_length, kv_rows, HEAD_DIM, BLOCK_D)
-    v_tile = _load(v, v_strides, batch, kv_head, kv_start, kv_length, kv_rows, HEAD_DIM, BLOCK_D)
+    kv_row = (tl.program_id(0) % KV_PIECES) * BLOCK_N
+    k_tile = _load(k, k_strides, batch, kv_head, kv_start, kv_length, kv_row, 0, BLOCK_N, BLOCK_D, HEAD_DIM)
+    v_tile = _load(v, v_strides, batch, kv_head, kv_start, kv_length, kv_row, 0, BLOCK_N, BLOCK_D, HEAD_DIM)
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -204,12 +289,19 @@ def _dkv_kernel(
         q_list = q_indices + plan_row * list_width
         for step in range(tl.load(starts) * Q_PIECES, tl.load(starts + 1) * Q_PIECES):
             entry = step // Q_PIECES
-            q_start, q_length = _block(q_offsets, tl.load(q_list + entry))
-            q_rows = (step - entry * Q_PIECES) * BLOCK_M + tl.arange(0, BLOCK_M)
-            q_tile = _load(q, q_strides, batch, head, q_start, q_length, q_rows, HEAD_DIM, BLOCK_D)
-            do_tile = _load(do, do_strides, batch, head, q_start, q_length, q_rows, HEAD_DIM, BLOCK_D)
-            row = row_head + q_start + tl.minimum(q_rows, q_length - 1)
-            bias = tl.where(q_rows < q_length, tl.load(lse + row) * -LOG2_E, float("-inf"))
+            q_row = (step - entry * Q_PIECES) * BLOCK_M
+            start, length = _block_walked(q_offsets, tl.load(q_list + entry), Q_PIECES * BLOCK_M, MAPPED)
+            q_tile = _load_piece(
+                q, q_map, q_strides, batch, head, start, length, q_row, 0, BLOCK_M, BLOCK_D, HEAD_DIM, MAPPED
+            )
+            do_tile = _load_piece(
+                do, do_map, do_strides, batch, head, start, length, q_row, 0, BLOCK_M, BLOCK_D, HEAD_DIM, MAPPED
+            )
+            q_rows = q_row + tl.arange(0, BLOCK_M)
+            row = row_head + start + tl.minimum(q_rows, length - 1)
+            bias = tl.load(lse + row) * -LOG2_E
+            if not MAPPED:
+                bias = tl.where(q_rows < length, bias, float("-inf"))
             row_delta = tl.load(delta + row)
             # Transposed, [BLOCK_N, BLOCK_M]: the weights are then the left operand of both products below.
             scores = _dot(k_tile, tl.trans(q_tile)) * (scale * LOG2_E) + bias[None, :]
@@ -219,35 +311,42 @@ def _dkv_kernel(
             ds = p * (dp - row_delta[None, :])
             dk_acc = _dot(ds.to(q_tile.dtype), q_tile, dk_acc)
 
+    kv_rows = kv_row + tl.arange(0, BLOCK_N)
     _store(dk, dk_strides, batch, kv_head, kv_start, kv_length, kv_rows, dk_acc * scale, HEAD_DIM, BLOCK_D)
     _store(dv, dv_strides, batch, kv_head, kv_start, kv_length, kv_rows, dv_acc, HEAD_DIM, BLOCK_D)
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """How one kernel is launched: the largest BLOCK_M and BLOCK_N, warps per program, depth of the load pipeline."""
+    """How one kernel is launched: the largest BLOCK_M and BLOCK_N, warps per program, depth of the load pipeline; on
+    Hopper, whether half of a query tile stays in registers, and how many registers a thread may have."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    half_in_registers: bool = False
+    max_registers: int | None = None
 
 
-# By kernel, then by (bytes per element, head_dim rounded up to a power of two, at least 64).
-# Two bytes: 64 x 64 is what one group of four warps multiplies in one Hopper instruction; larger tiles were no faster
-# on an H100. Four bytes: exact fp32 products run outside the tensor cores and live in registers, hence small tiles.
-# Shared memory stays below 99 KiB on sm_86, sm_89 and sm_120, and registers spill nowhere or by some 300 bytes.
-_LAUNCHES = {
+# By kernel, then by (bytes per element, head_dim rounded up to a power of two, at least 64). Frozen: nothing is tuned
+# when the op runs, and no entry depends on lengths or densities.
+#
+# Pieces are read by pointers, on every GPU. Two bytes: 64 x 64 is what one group of four warps multiplies in one
+# Hopper instruction. Four bytes: exact fp32 products run outside the tensor cores and live in registers, hence small
+# tiles. Measured on H100 and H200. Elsewhere derived: shared memory stays below the 99 KiB of sm_86, sm_89 and sm_120,
+# and registers spill nowhere or by some 300 bytes, as compiled for sm_80, sm_89, sm_90, sm_100 and sm_120.
+_BY_POINTERS = {
     "forward": {
-        (2, 64): _Launch(64, 64, 4, 3),
-        (2, 128): _Launch(64, 64, 4, 3),
+        (2, 64): _Launch(64, 64, 4, 2),
+        (2, 128): _Launch(64, 64, 4, 2),
         (2, 256): _Launch(64, 32, 4, 2),
         (4, 64): _Launch(32, 32, 4, 2),
         (4, 128): _Launch(32, 32, 8, 2),
         (4, 256): _Launch(32, 16, 8, 1),
     },
     "dq": {
-        (2, 64): _Launch(64, 64, 4, 3),
+        (2, 64): _Launch(64, 64, 4, 2),
         (2, 128): _Launch(64, 64, 4, 2),
         (2, 256): _Launch(64, 32, 4, 1),
         (4, 64): _Launch(32, 32, 4, 2),
@@ -256,7 +355,7 @@ _LAUNCHES = {
     },
     "dkv": {
         (2, 64): _Launch(64, 64, 4, 3),
-        (2, 128): _Launch(32, 64, 4, 3),
+        (2, 128): _Launch(64, 64, 4, 2),
         (2, 256): _Launch(32, 32, 8, 1),
         (4, 64): _Launch(32, 32, 8, 1),
         (4, 128): _Launch(16, 16, 4, 1),
@@ -264,18 +363,51 @@ _LAUNCHES = {
     },
 }
 
+# Pieces are loaded by tensor maps. Measured on an H200; TFLOP/s of the products that each kernel makes, B=1 H=12
+# S=32768, one eighth of the blocks, random: forward 541 and 449 (head_dim 128 and 64), dq 636 and 642, dkv 612 and 486,
+# against 390 and 356, 518 and 469, 482 and 373 by pointers before.
+_BY_MAPS = {
+    "forward": {(2, 64): _Launch(64, 64, 4, 2), (2, 128): _Launch(64, 64, 4, 2)},
+    "dq": {(2, 64): _Launch(64, 64, 4, 2), (2, 128): _Launch(64, 64, 4, 2)},
+    "dkv": {(2, 64): _Launch(32, 64, 4, 3), (2, 128): _Launch(64, 64, 4, 2)},
+}
 
-def _options(kernel: str, q: Tensor, k: Tensor, plan: PlanTensors) -> dict[str, Any]:
-    """The compile-time arguments of one kernel."""
+# Forward at head_dim 128 on Hopper: two stages of keys and values and a whole query tile are 80 KiB of shared memory,
+# which two programs on a multiprocessor can have; with half of the queries in registers three can, if they keep to 168
+# registers each, and reads of shared memory no longer slow the first product (541 against 461 TFLOP/s by maps, 464
+# against 408 by pointers).
+_HOPPER_FORWARD = _Launch(64, 64, 4, 2, half_in_registers=True, max_registers=168)
+
+
+def _generation(x: Tensor) -> int | None:
+    """The major compute capability of an NVIDIA GPU, None for others. The interpreter passes for a Hopper."""
+    if x.device.type == "cpu":
+        return 9
+    return torch.cuda.get_device_capability(x.device)[0] if torch.version.hip is None else None
+
+
+def _options(kernel: str, q: Tensor, k: Tensor, plan: PlanTensors, read: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """The compile-time arguments of one kernel, which walks over blocks of the tensors `read`."""
     head_dim = q.shape[-1]
     block_d = max(32, triton.next_power_of_2(head_dim))
-    launch = _LAUNCHES[kernel][q.element_size(), max(64, block_d)]
+    shape = q.element_size(), max(64, block_d)
+    if kernel == "dkv":
+        length, blocks = plan.max_q_block, plan.q_offsets.numel() - 1
+    else:
+        length, blocks = plan.max_kv_block, plan.kv_offsets.numel() - 1
+    # Blocks whose longest, repeated, gives all tokens are all equal. Pieces are at least 16 rows and powers of two.
+    equal = blocks * length == read[0].shape[1] and length in (16, 32, 64, 128)
+    mapped = equal and shape in _BY_MAPS[kernel] and all(_mappable(x) for x in read)
+    launch = (_BY_MAPS if mapped else _BY_POINTERS)[kernel][shape]
+    if kernel == "forward" and shape == (2, 128) and _generation(q) == 9:
+        launch = _HOPPER_FORWARD
     block_m = min(launch.block_m, max(16, triton.next_power_of_2(plan.max_q_block)))
     block_n = min(launch.block_n, max(16, triton.next_power_of_2(plan.max_kv_block)))
-    return {
+    options = {
         "GROUP": q.shape[2] // k.shape[2],
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
+        "MAPPED": mapped,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "Q_PIECES": triton.cdiv(plan.max_q_block, block_m),
@@ -284,6 +416,31 @@ def _options(kernel: str, q: Tensor, k: Tensor, plan: PlanTensors) -> dict[str, 
         "num_stages": launch.num_stages,
         "enable_fp_fusion": True,  # makes scale and bias of a score one instruction; off by default from Triton 3.10
     }
+    if kernel == "forward":
+        options["HALF_IN_REGISTERS"] = launch.half_in_registers
+    if launch.max_registers is not None:
+        options["maxnreg"] = launch.max_registers
+    return options
+
+
+def _mappable(x: Tensor) -> bool:
+    """Whether a tensor map can describe x: on sm_90 and sm_100, in steps of 16 bytes."""
+    steps = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step * x.element_size() % 16 == 0 for step in steps)
+    return aligned and _generation(x) in (9, 10)
+
+
+def _maps(read: tuple[Tensor, Tensor], rows: int, columns: tuple[int, int], mapped: bool) -> list[Any]:
+    """Tensor maps of x [B, S, H, D] as [B, H, S, D] in boxes of [1, 1, rows, columns], or None for pointers."""
+    if not mapped:
+        return [None, None]
+    maps = []
+    for x, width in zip(read, columns, strict=True):
+        heads_first = x.transpose(1, 2)
+        # The step of a dimension of one element means nothing in torch, but a map wants one that is a multiple of 16.
+        steps = [step if size > 1 else 16 for size, step in zip(heads_first.shape, heads_first.stride(), strict=True)]
+        maps.append(TensorDescriptor(x, list(heads_first.shape), [*steps[:3], 1], [1, 1, rows, width]))
+    return maps
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -292,10 +449,19 @@ def _addressable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
-def _plan_steps(plan: PlanTensors) -> tuple[int, int]:
-    """How far one step of batch and one of head move through the lists, in lists of one head; 0 where broadcast."""
-    batches, heads = plan.kv_num_blocks.shape[:2]
+def _steps(lists: Tensor) -> tuple[int, int]:
+    """How far one step of batch and one of head move through [Bp, Hp, ...], in lists of one head; 0 where broadcast."""
+    batches, heads = lists.shape[:2]
     return (heads if batches > 1 else 0, 1 if heads > 1 else 0)
+
+
+def _most_read_first(q_starts: Tensor, group: int) -> Tensor:
+    """int32 [Bp, Hkv or 1, NK]: the key blocks of each key head, those with the most readers first, so that no long
+    program is left over at the end. Only the order of work depends on it, no result."""
+    readers = q_starts.diff(dim=-1)
+    if readers.shape[1] > 1:
+        readers = readers.unflatten(1, (-1, group)).sum(2)
+    return readers.argsort(dim=-1, descending=True).to(torch.int32)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) -> tuple[Tensor, Tensor]:
@@ -306,17 +472,22 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     Returns out [B, Sq, H, D] in the dtype of q, and lse [B, H, Sq] fp32; 0 and -inf for a row that reads nothing.
     """
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
+    if scale < 0:  # the kernel takes the maximum before it scales
+        q, scale = -q, -scale
     batch, seq_q, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
     num_q_blocks, width = plan.kv_indices.shape[2:]
-    options = _options("forward", q, k, plan)
+    options = _options("forward", q, k, plan, (k, v))
+    block_d = options["BLOCK_D"]
+    k_columns = block_d // 2 if options["HALF_IN_REGISTERS"] else block_d
+    k_map, v_map = _maps((k, v), options["BLOCK_N"], (k_columns, block_d), options["MAPPED"])
     with torch.cuda.device_of(q):
         _forward_kernel[(num_q_blocks * options["Q_PIECES"], heads, batch)](
-            q, k, v, out, lse,
+            q, k, v, k_map, v_map, out, lse,
             q.stride(), k.stride(), v.stride(), out.stride(),
             plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks.contiguous(), plan.kv_indices.contiguous(),
-            _plan_steps(plan), num_q_blocks, width, seq_q, scale, **options,
+            _steps(plan.kv_num_blocks), num_q_blocks, width, seq_q, scale, **options,
         )  # fmt: skip
     return out, lse
 
@@ -327,9 +498,11 @@ def backward(
     """Gradients of `forward`: dq, dk, dv in the dtypes and shapes of q, k, v.
 
     do [B, Sq, H, D] in the dtype of q; dlse, lse [B, H, Sq] fp32. The plan must carry its transpose. Deterministic.
+    Beside the results it takes 4 bytes for each query and head, for `delta`.
     """
     q, k, v, out, do = (_addressable(x) for x in (q, k, v, out, do))
     lse, dlse = lse.contiguous(), dlse.contiguous()
+    assert plan.q_starts is not None  # the caller's promise above
     batch, seq_q, heads, _ = q.shape
     kv_heads = k.shape[2]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -337,18 +510,22 @@ def backward(
     num_q_blocks, width = plan.kv_indices.shape[2:]
     num_kv_blocks = plan.kv_offsets.numel() - 1
     with torch.cuda.device_of(q):
-        options = _options("dq", q, k, plan)
+        options = _options("dq", q, k, plan, (k, v))
+        columns = (options["BLOCK_D"],) * 2
+        k_map, v_map = _maps((k, v), options["BLOCK_N"], columns, options["MAPPED"])
         _dq_kernel[(num_q_blocks * options["Q_PIECES"], heads, batch)](
-            q, k, v, out, do, dq, lse, dlse, delta,
+            q, k, v, k_map, v_map, out, do, dq, lse, dlse, delta,
             q.stride(), k.stride(), v.stride(), out.stride(), do.stride(), dq.stride(),
             plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks.contiguous(), plan.kv_indices.contiguous(),
-            _plan_steps(plan), num_q_blocks, width, seq_q, scale, **options,
+            _steps(plan.kv_num_blocks), num_q_blocks, width, seq_q, scale, **options,
         )  # fmt: skip
-        options = _options("dkv", q, k, plan)
+        options = _options("dkv", q, k, plan, (q, do))
+        q_map, do_map = _maps((q, do), options["BLOCK_M"], columns, options["MAPPED"])
+        order = _most_read_first(plan.q_starts, options["GROUP"])
         _dkv_kernel[(num_kv_blocks * options["KV_PIECES"], kv_heads, batch)](
-            q, k, v, do, dk, dv, lse, delta,
+            q, k, v, do, q_map, do_map, dk, dv, lse, delta,
             q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
-            plan.q_offsets, plan.kv_offsets, plan.q_starts, plan.q_indices,
-            _plan_steps(plan), num_kv_blocks, num_q_blocks * width, seq_q, scale, **options,
+            plan.q_offsets, plan.kv_offsets, plan.q_starts, plan.q_indices, order,
+            _steps(plan.q_starts), _steps(order), num_kv_blocks, num_q_blocks * width, seq_q, scale, **options,
         )  # fmt: skip
     return dq, dk, dv
