@@ -84,7 +84,7 @@ def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tenso
     """The readers of each key block as compressed rows: starts [..., NK + 1], ascending readers [..., NQ * K].
 
     A stable sort of all entries by key block keeps the query blocks ascending within each, and needs no atomics. On a
-    GPU a kernel finds the readers by bisection of the lists instead, which is as deterministic and needs no sort.
+    GPU kernels do it without a sort, through a table of NK x NQ bits.
     """
     if kernels_on(indices.device):
         return _transpose_lists(counts, indices, num_kv)

@@ -1,7 +1,7 @@
 """Triton kernels that build a plan's lists: the best key blocks of each row, and the readers of each key block.
 
-No sorting and no atomics: both are integer work with one right answer, so they agree bit for bit with the plain code
-in rank.py and convert.py.
+No sorting: both are integer work with one right answer, so they agree bit for bit with the plain code in rank.py and
+convert.py, and integer atomics keep them deterministic.
 """
 
 from __future__ import annotations
@@ -41,13 +41,17 @@ def _top_kernel(
     key = tl.where(must, -1, key.to(tl.int32, bitcast=True)).to(tl.uint32, bitcast=True)
     key = tl.where(inside, key, 0).to(tl.uint32)
 
-    # The width-th largest key, from its highest bit down.
+    # A threshold that `width` keys reach: bit by bit from the highest, until it separates them from the rest. If ties
+    # do not let it, it ends as the width-th largest key itself.
     threshold = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
+    reach = num_kv
+    while (bit != 0) & (reach != width):
         higher = threshold | bit
         at_least = tl.sum((key >= higher).to(tl.int32), 0)
-        threshold = tl.where(at_least >= width, higher, threshold)
+        enough = at_least >= width
+        threshold = tl.where(enough, higher, threshold)
+        reach = tl.where(enough, at_least, reach)
         bit = bit >> 1
 
     # All above it, and of those equal to it the first, as many as are still wanted. One scan counts both: of at most
@@ -62,54 +66,47 @@ def _top_kernel(
     tl.store(indices + row * width + place, column, mask=kept)
 
 
-@triton.jit
-def _reads(counts, indices, row, key_block, num_q, width, steps):
-    """Whether each row [R, 1] reads each key block [1, C], by bisection of the row's ascending list: [R, C] of 0, 1."""
-    real = row < num_q
-    end = tl.load(counts + row, mask=real, other=0) + tl.zeros_like(key_block)
-    lists = indices + row.to(tl.int64) * width + tl.zeros_like(key_block)
-    low = tl.zeros_like(end)
-    high = end
-    for _ in range(steps):
-        middle = (low + high) >> 1
-        open_ = low < high
-        before = tl.load(lists + middle, mask=open_, other=0) < key_block
-        low = tl.where(open_ & before, middle + 1, low)
-        high = tl.where(open_ & (before == 0), middle, high)
-    found = tl.load(lists + low, mask=low < end, other=-1)
-    return (found == key_block).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["num_q", "num_kv", "width", "steps"])
-def _count_kernel(
-    counts, indices, readers_per_block, num_q, num_kv, width, steps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
+@triton.jit(do_not_specialize=["num_q", "num_kv", "width", "words"])
+def _mark_kernel(counts, indices, table, num_q, num_kv, width, words, BLOCK_K: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
-    key_block = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    counts += head * num_q
-    indices += head * num_q * width
-    total = tl.zeros([BLOCK_C], tl.int32)
-    for first in range(0, num_q, BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        total += tl.sum(_reads(counts, indices, row[:, None], key_block[None, :], num_q, width, steps), 0)
-    tl.store(readers_per_block + head * num_kv + key_block, total, mask=key_block < num_kv)
+    row = tl.program_id(0)
+    count = tl.load(counts + head * num_q + row)
+    reads = indices + (head * num_q + row) * width
+    table += head * num_kv * words
+    for first in range(0, count, BLOCK_K):
+        slot = first + tl.arange(0, BLOCK_K)
+        mask = slot < count
+        readers = table + tl.load(reads + slot, mask=mask, other=0).to(tl.int64) * words
+        # Integers: whatever the order, the result is the same.
+        tl.atomic_or(readers + 1 + row // 32, tl.full([BLOCK_K], 1, tl.int32) << (row % 32), mask=mask, sem="relaxed")
+        tl.atomic_add(readers, tl.full([BLOCK_K], 1, tl.int32), mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_q", "num_kv", "width", "steps"])
-def _readers_kernel(
-    counts, indices, starts, readers, num_q, num_kv, width, steps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
+@triton.jit(do_not_specialize=["num_kv", "words"])
+def _starts_kernel(table, starts, num_kv, words, BLOCK_C: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    table += head * num_kv * words
+    starts += head * (num_kv + 1)
+    total = 0
+    tl.store(starts, total)
+    for first in range(0, num_kv, BLOCK_C):
+        key_block = first + tl.arange(0, BLOCK_C)
+        count = tl.load(table + key_block.to(tl.int64) * words, mask=key_block < num_kv, other=0)
+        tl.store(starts + 1 + key_block, total + tl.cumsum(count, 0), mask=key_block < num_kv)
+        total += tl.sum(count, 0)
+
+
+@triton.jit(do_not_specialize=["num_q", "num_kv", "width", "words"])
+def _readers_kernel(table, starts, readers, num_q, num_kv, width, words, BLOCK_R: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
-    key_block = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    counts += head * num_q
-    indices += head * num_q * width
+    key_block = tl.program_id(0)
+    bits = table + (head * num_kv + key_block) * words + 1
     readers += head * num_q * width
-    place = tl.load(starts + head * (num_kv + 1) + key_block, mask=key_block < num_kv, other=0)
+    place = tl.load(starts + head * (num_kv + 1) + key_block)
     for first in range(0, num_q, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
-        reads = _reads(counts, indices, row[:, None], key_block[None, :], num_q, width, steps)
-        at = place[None, :] + tl.cumsum(reads, 0) - 1
-        tl.store(readers + at, row[:, None] + tl.zeros_like(at), mask=reads != 0)
+        reads = (tl.load(bits + row // 32, mask=row < num_q, other=0) >> (row % 32)) & 1
+        tl.store(readers + place + tl.cumsum(reads, 0) - 1, row, mask=reads != 0)
         place += tl.sum(reads, 0)
 
 
@@ -139,19 +136,22 @@ def top_blocks(
 def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
     """See `openvsa.plan.convert.transpose_lists`; entries of the readers past the last start are not written.
 
-    A program owns a few key blocks, asks every row whether it reads them (a row's list ascends: bisection), and adds
-    the rows in order; a first pass counts. Work NQ * NK * log K, no memory beyond the result.
+    Each entry sets its row's bit in a table of NK x NQ bits, and each key block then lists its bits in order.
     """
     counts, indices = counts.contiguous(), indices.contiguous()
     num_q, width = indices.shape[-2:]
     lead = counts.shape[:-1]
-    per_block = torch.empty(*lead, num_kv, dtype=torch.int32, device=counts.device)
+    words = 1 + triton.cdiv(num_q, 32)  # of a key block: how many rows read it, then a bit for each row
+    table = torch.zeros(*lead, num_kv, words, dtype=torch.int32, device=counts.device)
+    starts = torch.empty(*lead, num_kv + 1, dtype=torch.int32, device=counts.device)
     readers = torch.empty(*lead, num_q * width, dtype=torch.int32, device=counts.device)
-    block_r = min(max(triton.next_power_of_2(num_q), 2), 128)
-    grid = (triton.cdiv(num_kv, 16), lead.numel())
-    options: dict[str, Any] = {"BLOCK_R": block_r, "BLOCK_C": 16, "num_warps": 8}
+    heads = lead.numel()
+    block_k, block_r = (min(triton.next_power_of_2(n), 1024) for n in (width, num_q))
+    mark: dict[str, Any] = {"BLOCK_K": block_k, "num_warps": max(block_k // 256, 1)}
+    collect: dict[str, Any] = {"BLOCK_R": block_r, "num_warps": max(block_r // 512, 1)}
+    scan: dict[str, Any] = {"BLOCK_C": 1024}
     with torch.cuda.device_of(counts):
-        _count_kernel[grid](counts, indices, per_block, num_q, num_kv, width, width.bit_length(), **options)
-        starts = torch.nn.functional.pad(per_block.cumsum(-1, dtype=torch.int32), (1, 0))
-        _readers_kernel[grid](counts, indices, starts, readers, num_q, num_kv, width, width.bit_length(), **options)
+        _mark_kernel[(num_q, heads)](counts, indices, table, num_q, num_kv, width, words, **mark)
+        _starts_kernel[(heads,)](table, starts, num_kv, words, **scan)
+        _readers_kernel[(num_kv, heads)](table, starts, readers, num_q, num_kv, width, words, **collect)
     return starts, readers
