@@ -67,6 +67,7 @@ def video_sparse_attention(
             f"{tuple(branch_weight.shape)}"
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    same_scale = selector is None
     selector = PooledTopK(scale) if selector is None else selector
     ours = type(selector) is PooledTopK
     # Means come with the permutation, in one pass, where something needs them.
@@ -74,10 +75,14 @@ def video_sparse_attention(
     q, q_pooled = _in_blocks(q, layout, layout.q_blocks, layout.q_tile_blocks, pool=ours or branch)
     k, k_pooled = _in_blocks(k, layout, layout.blocks, layout.tile_blocks, pool=ours or branch)
     v, v_pooled = _in_blocks(v, layout, layout.blocks, layout.tile_blocks, pool=branch)
+    scores = None
     if ours:
         assert q_pooled is not None
         assert k_pooled is not None
-        plan = selector.plan(q_pooled, k_pooled, layout, budget)
+        # Both branches start from the same scores; kept only where all of them may exist at a time.
+        if branch and same_scale and len(_chunks(q_pooled, k_pooled)) == 1:
+            scores = pooled_scores(q_pooled, k_pooled, scale)
+        plan = selector.plan(q_pooled, k_pooled, layout, budget, scores)
     else:
         plan = selector(q, k, layout, budget)
     out = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
@@ -86,7 +91,10 @@ def video_sparse_attention(
     assert q_pooled is not None
     assert k_pooled is not None
     assert v_pooled is not None
-    compressed = compressed_attention(q_pooled, k_pooled, v_pooled, scale)
+    if scores is None:
+        compressed = compressed_attention(q_pooled, k_pooled, v_pooled, scale)
+    else:
+        compressed = _average(scores, v_pooled)
     return unpermute_add(out, layout, branch_weight, compressed)
 
 
@@ -106,8 +114,7 @@ def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, s
 
     At most `openvsa.plan.rank.MAX_SCORES` scores exist at a time, here and in the backward pass.
     """
-    batch, num_q, heads, _ = q_pooled.shape
-    chunks = row_chunks(num_q, batch * heads * k_pooled.shape[1])
+    chunks = _chunks(q_pooled, k_pooled)
     if len(chunks) == 1:
         return _compressed_rows(q_pooled, k_pooled, v_pooled, scale)
     # Backward computes the scores of a chunk again: kept, they would all exist at a time.
@@ -121,8 +128,18 @@ def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, s
     return torch.cat(rows, 1)
 
 
-def _compressed_rows(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, scale: float) -> Tensor:
+def _chunks(q_pooled: Tensor, k_pooled: Tensor) -> list[tuple[int, int]]:
     batch, num_q, heads, _ = q_pooled.shape
-    p = pooled_scores(q_pooled, k_pooled, scale).softmax(-1)
+    return row_chunks(num_q, batch * heads * k_pooled.shape[1])
+
+
+def _compressed_rows(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, scale: float) -> Tensor:
+    return _average(pooled_scores(q_pooled, k_pooled, scale), v_pooled)
+
+
+def _average(scores: Tensor, v_pooled: Tensor) -> Tensor:
+    """[B, NQ, H, Dv]: the softmax of scores [B, H, NQ, NK] over v_pooled [B, NK, Hkv, Dv]."""
+    batch, heads, num_q, _ = scores.shape
+    p = scores.softmax(-1)
     p = p.unflatten(1, (v_pooled.shape[2], -1)).flatten(2, 3)
     return product(p, v_pooled.transpose(1, 2)).reshape(batch, heads, num_q, -1).transpose(1, 2)

@@ -87,7 +87,7 @@ def _starts_kernel(table, starts, num_kv, words, BLOCK_C: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
     table += head * num_kv * words
     starts += head * (num_kv + 1)
-    total = 0
+    total = tl.zeros([], tl.int32)
     tl.store(starts, total)
     for first in range(0, num_kv, BLOCK_C):
         key_block = first + tl.arange(0, BLOCK_C)

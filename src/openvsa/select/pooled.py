@@ -113,20 +113,26 @@ class PooledTopK:
         k_pooled = pool_mean(k.detach(), layout.blocks)[:, layout.tile_blocks]
         return self.plan(q_pooled, k_pooled, layout, budget)
 
-    def plan(self, q_pooled: Tensor, k_pooled: Tensor, layout: TileLayout, budget: Budget) -> BlockPlan:
+    def plan(
+        self, q_pooled: Tensor, k_pooled: Tensor, layout: TileLayout, budget: Budget, scores: Tensor | None = None
+    ) -> BlockPlan:
         """The plan from tile means that the caller has already: q_pooled [B, NQ, H, D] of the query
-        blocks that are tiles, k_pooled [B, NK, Hkv, D] of the tiles."""
+        blocks that are tiles, k_pooled [B, NK, Hkv, D] of the tiles; and their `pooled_scores` with the scale of this
+        rule, if they are at hand too."""
         scale = 1 / math.sqrt(q_pooled.shape[-1]) if self.scale is None else self.scale
         q_pooled, k_pooled = q_pooled.detach(), k_pooled.detach()
         batch, num_q, heads, _ = q_pooled.shape
 
-        def scores(start: int, stop: int) -> Tensor:
-            found = pooled_scores(q_pooled[:, start:stop], k_pooled, scale)
+        def of_rows(start: int, stop: int) -> Tensor:
+            if scores is None:
+                found = pooled_scores(q_pooled[:, start:stop], k_pooled, scale)
+            else:
+                found = scores.detach()[:, :, start:stop]
             if self.length_bias:
                 found = found + layout.blocks.lens_on(found.device)[layout.tile_blocks].log()
             return found
 
-        counts, indices = rank_in_chunks(scores, num_q, k_pooled.shape[1], batch * heads, budget)
+        counts, indices = rank_in_chunks(of_rows, num_q, k_pooled.shape[1], batch * heads, budget)
         return BlockPlan(*_with_text(counts, indices, layout), layout.q_blocks, layout.blocks)
 
 
