@@ -73,10 +73,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     variant = Variant.of("forward", q, plan)
+    parts = 1 if variant.kernel == "forward_wide" else 0
     with torch.cuda.device_of(q):
         launch(
             variant, _tiles(plan.q_offsets, variant.q_pieces, variant) * q.shape[2] * q.shape[0],
-            tensor_map(k), tensor_map(v), _query_problem(q, k, plan), q, out, lse, _counter(q), *_steps(q), scale,
+            tensor_map(k, parts), tensor_map(v, parts), _query_problem(q, k, plan), q, out, lse, _counter(q), *_steps(q), scale,
         )  # fmt: skip
     return out, lse
 

@@ -20,6 +20,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 struct alignas(64) TensorMap { uint64 words[16]; };
 
+extern __shared__ __align__(1024) char shared_memory[];
+
 // ------------------------------------------------------------------------------------------------ small helpers
 
 __device__ __forceinline__ uint32 shared_address(const void* pointer) {
@@ -123,6 +125,15 @@ __device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 phase) {
         : "memory");
 }
 
+// After the barriers were initialised, by the thread that did.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// One warp's word that it no longer reads what the barrier guards.
+__device__ __forceinline__ void release(uint64* empty) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(empty);
+}
+
 // ------------------------------------------------------------------------------------------------ tensor copies
 
 // A tile of 64 tokens of one head, in 128-byte parts. The map has the dimensions (64, token, part, head, batch).
@@ -132,6 +143,16 @@ __device__ __forceinline__ void copy_tile(void* to, const TensorMap* map, uint64
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %3, %5, %6}], [%2];" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(barrier)), "r"(0), "r"(token), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// One part of it, through a map of single parts.
+__device__ __forceinline__ void copy_part(void* to, const TensorMap* map, uint64* barrier, int token, int part, int head,
+                                          int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(0), "r"(token), "r"(part), "r"(head), "r"(batch)
         : "memory");
 }
 
@@ -146,14 +167,23 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, uint64* b
 // ---------------------------------------------------------------------------------------------- matrix products
 
 // Descriptors of tiles in shared memory, swizzled by 128 bytes: as rows (the summed index is contiguous: K of Q Kt) and
-// as columns (it is the row: V of P V).
-__device__ __forceinline__ uint64 as_rows(const void* tile) {
-    return (uint64(1) << 62) | (uint64(1024 >> 4) << 32) | (uint64(1) << 16) | (shared_address(tile) >> 4);
-}
+// as columns (it is the row: V of P V). Only the low word depends on the tile.
+struct Descriptor {
+    uint32 low;
+    __device__ __forceinline__ uint64 at(int bytes) const {
+        return (uint64(0x40000000u | (1024 >> 4)) << 32) | (low + (bytes >> 4));
+    }
+};
 
-__device__ __forceinline__ uint64 as_columns(const void* tile) {
-    return (uint64(1) << 62) | (uint64(1024 >> 4) << 32) | (uint64(PART_BYTES >> 4) << 16) |
-           (shared_address(tile) >> 4);
+__device__ __forceinline__ Descriptor as_rows(const void* tile) { return {(1u << 16) | (shared_address(tile) >> 4)}; }
+
+// Keeps the compiler from working out all words of a tile before a loop: registers are scarcer than additions.
+__device__ __forceinline__ void forget(Descriptor& tile) { asm volatile("" : "+r"(tile.low)); }
+
+// BYTES: how far apart the parts of a row are.
+template <int BYTES>
+__device__ __forceinline__ Descriptor as_columns(const void* tile) {
+    return {(uint32(BYTES >> 4) << 16) | (shared_address(tile) >> 4)};
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -220,37 +250,38 @@ __device__ __forceinline__ void multiply_rows(float (&d)[32], uint64 a, uint64 b
         : "l"(a), "l"(b), "r"(add));
 }
 
-// How far a descriptor moves for step `step` of 16 along a row of 64 or 128 values.
-__device__ __forceinline__ uint64 along_row(int step) { return ((step >> 2) * PART_BYTES + (step & 3) * 32) >> 4; }
+// Where step `step` of 16 along a row of 64 or 128 values begins.
+__device__ __forceinline__ int along_row(int step) { return (step >> 2) * PART_BYTES + (step & 3) * 32; }
 
 // d = a tile^T over head_dim; a in registers.
 __device__ __forceinline__ void multiply_over_head_dim(float (&d)[32], const uint32 (&a)[HEAD_DIM / 4],
                                                        const void* tile) {
-    uint64 b = as_rows(tile);
+    Descriptor b = as_rows(tile);
 #pragma unroll
-    for (int step = 0; step < HEAD_DIM / 16; ++step) multiply<0>(d, a + 4 * step, b + along_row(step), step);
+    for (int step = 0; step < HEAD_DIM / 16; ++step) multiply<0>(d, a + 4 * step, b.at(along_row(step)), step);
 }
 
 // The same, a in shared memory.
 __device__ __forceinline__ void multiply_over_head_dim(float (&d)[32], const void* a_tile, const void* tile) {
-    uint64 a = as_rows(a_tile), b = as_rows(tile);
+    Descriptor a = as_rows(a_tile), b = as_rows(tile);
+    forget(a);
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; ++step)
-        multiply_rows(d, a + along_row(step), b + along_row(step), step);
+        multiply_rows(d, a.at(along_row(step)), b.at(along_row(step)), step);
 }
 
 // d += p tile over the 64 tokens of the tile; p in registers.
-__device__ __forceinline__ void multiply_over_tokens(float (&d)[HEAD_DIM / 2], const uint32 (&p)[16],
-                                                     const void* tile) {
-    uint64 b = as_columns(tile);
+__device__ __forceinline__ void multiply_over_tokens(float (&d)[HEAD_DIM / 2], const uint32* p, const void* tile) {
+    Descriptor b = as_columns<PART_BYTES>(tile);
 #pragma unroll
-    for (int step = 0; step < TILE / 16; ++step) multiply<1>(d, p + 4 * step, b + step * (2048 >> 4), 1);
+    for (int step = 0; step < TILE / 16; ++step) multiply<1>(d, p + 4 * step, b.at(step * 2048), 1);
 }
 
 // An accumulator as the left operand of the next product.
-__device__ __forceinline__ void pack_operand(uint32 (&p)[16], const float (&s)[32]) {
+template <int N>
+__device__ __forceinline__ void pack_operand(uint32 (&p)[N], const float (&s)[2 * N]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < N; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
 }
 
 // --------------------------------------------------------------------------------------- rows of a warpgroup
@@ -303,84 +334,15 @@ __device__ __forceinline__ void load_own(void* tile, const TensorMap* map, uint6
     }
 }
 
-// Rows of a tile in shared memory from `length` on become zero. They belong to other blocks, or to nobody, and 0 times a
-// NaN there would leak. Every warpgroup that reads the tile does this for itself: all write the same.
-__device__ __forceinline__ void clear_tail(char* tile, int length) {
-    int chunks = (TILE - length) * 8;
-    for (int part = 0; part < HALVES; ++part)
-        for (int i = threadIdx.x & 127; i < chunks; i += 128)
-            *reinterpret_cast<uint4*>(tile + part * PART_BYTES + length * 128 + i * 16) = make_uint4(0, 0, 0, 0);
+// Rows of 128 bytes in shared memory become zero. They belong to other blocks, or to nobody, and 0 times a NaN there would
+// leak. Every warpgroup that reads them does this for itself: all write the same.
+__device__ __forceinline__ void clear_rows(char* rows, int begin, int end) {
+#pragma unroll 1
+    for (int i = begin * 8 + (threadIdx.x & 127); i < end * 8; i += 128)
+        *reinterpret_cast<uint4*>(rows + i * 16) = make_uint4(0, 0, 0, 0);
 }
 
-// ------------------------------------------------------------------------------------------------------ the ring
-
-// What stands in a slot, beside its tiles. A work item begins with a slot that has no tiles but its number; then come its
-// entries, each with a bit for every consumer that needs it. The last item has the number -1.
-struct Slot {
-    int item;      // for a first slot: the number of the item; else NOT_AN_ITEM
-    int consumers; // bit c: consumer c needs the tiles
-    int length;    // tokens of the tiles that count
-};
-constexpr int NOT_AN_ITEM = -2;
-
-struct alignas(1024) Ring {
-    char tiles[STAGES][2][TILE_BYTES];
-#if ROW_VALUES
-    float rows[STAGES][2][TILE];  // lse and delta of the tile's tokens
-#endif
-    Slot slots[STAGES];
-    uint64 full[STAGES];
-    uint64 empty[STAGES];
-};
-
-struct Position {
-    int stage = 0;
-    uint32 phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-__device__ __forceinline__ void ring_init(Ring& ring) {
-    for (int i = 0; i < STAGES; ++i) {
-        barrier_init(&ring.full[i], 1);
-        barrier_init(&ring.empty[i], 4 * CONSUMERS);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// One warp's word that it no longer reads the slot.
-__device__ __forceinline__ void release(Ring& ring, int stage) {
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(&ring.empty[stage]);
-}
-
-// The next slot that consumer `consumer` needs; or ITEM_ENDS once a new item begins, whose number is then in `item`; or
-// TOO_FAR after half a ring of slots that others need. Who still holds a slot must not wait for one that may come only after
-// that slot is free again.
-constexpr int ITEM_ENDS = -1, TOO_FAR = -2;
-enum Waiting { NOT_HOLDING, HOLDING };
-
-template <Waiting WAITING>
-__device__ __forceinline__ int next_slot(Ring& ring, Position& position, int consumer, int& item) {
-    for (int seen = 0; WAITING == NOT_HOLDING || seen < STAGES / 2; ++seen) {
-        int stage = position.stage;
-        barrier_wait(&ring.full[stage], position.phase);
-        int mark = ring.slots[stage].item;
-        int consumers = ring.slots[stage].consumers;
-        position.advance();
-        if (consumers >> consumer & 1) return stage;
-        release(ring, stage);
-        if (mark != NOT_AN_ITEM) {
-            item = mark;
-            return ITEM_ENDS;
-        }
-    }
-    return TOO_FAR;
-}
+// ------------------------------------------------------------------------------------------------------- the lists
 
 // The sorted lists of CONSUMERS blocks, walked as one: each number once, with a bit for every list it is in.
 struct Lists {
@@ -412,16 +374,6 @@ struct Lists {
     }
 };
 
-// Both tiles of a slot, if they are short.
-__device__ __forceinline__ void clear_tails(Ring& ring, int stage, int consumer) {
-    int length = ring.slots[stage].length;
-    if (length == TILE) return;
-    clear_tail(ring.tiles[stage][0], length);
-    clear_tail(ring.tiles[stage][1], length);
-    fence_async_proxy();
-    sync_warpgroup(consumer);
-}
-
 // First token of piece `piece` of block `block`, and how many of its tokens lie in the block (0 or less: none).
 __device__ __forceinline__ int piece_of(const int* offsets, int block, int piece, int& length) {
     int start = offsets[block] + piece * TILE;
@@ -429,10 +381,17 @@ __device__ __forceinline__ int piece_of(const int* offsets, int block, int piece
     return start;
 }
 
-// The slot for item `item`: no tiles.
-__device__ __forceinline__ void announce(Ring& ring, Position& position, int item) {
-    barrier_wait(&ring.empty[position.stage], position.phase ^ 1);
-    ring.slots[position.stage] = {item, 0, 0};
-    barrier_arrive(&ring.full[position.stage]);
-    position.advance();
-}
+// ------------------------------------------------------------------------------------------------------- the slots
+
+// What stands in a slot, beside its tiles, in one word. A work item begins with a slot that has no tiles but the number
+// of the item; then come its entries: how many tokens of the tiles count, and a bit for every consumer that needs them.
+struct Slot {
+    int word;
+    static __device__ __forceinline__ Slot first(int item) { return {item << 1 | 1}; }
+    static __device__ __forceinline__ Slot entry(int length, int consumers) { return {length << 8 | consumers << 1}; }
+    __device__ __forceinline__ bool is_first() const { return word & 1; }
+    __device__ __forceinline__ int item() const { return word >> 1; }  // -1: there are no more
+    __device__ __forceinline__ bool needed_by(int consumer) const { return !is_first() && (word >> (consumer + 1) & 1); }
+    __device__ __forceinline__ int length() const { return word >> 8; }
+};
+

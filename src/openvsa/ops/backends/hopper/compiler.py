@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -16,24 +16,42 @@ from openvsa.ops.plan_tensors import PlanTensors
 TILE = 64  # rows of one consumer warpgroup; as in common.cuh
 SHARED_BYTES = 227 * 1024  # what one block can have on sm_90
 
-Kernel = Literal["forward", "dq", "dkv"]
+Kernel = Literal["forward", "forward_wide", "dq", "dkv"]
 
 _SOURCES = {
-    "forward": ("common.cuh", "lists.cuh", "forward.cu"),
-    "dq": ("common.cuh", "lists.cuh", "dq.cu"),
-    "dkv": ("common.cuh", "dkv.cu"),
+    "forward": ("common.cuh", "queries.cuh", "softmax.cuh", "ring.cuh", "keys.cuh", "forward.cu"),
+    "forward_wide": ("common.cuh", "queries.cuh", "softmax.cuh", "forward_wide.cu"),
+    "dq": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
+    "dkv": ("common.cuh", "ring.cuh", "dkv.cu"),
 }
-_ENTRIES = {"forward": "forward", "dq": "query_gradient", "dkv": "key_gradient"}
+_ENTRIES = {
+    "forward": "forward", "forward_wide": "forward_wide", "dq": "query_gradient", "dkv": "key_gradient"
+}  # fmt: skip
 
-# By kernel and head_dim: consumer warpgroups, tiles in flight, registers of a producer's and of a consumer's thread.
-# The tiles fill shared memory; the registers, 65,536 in all.
+
+@dataclass(frozen=True)
+class _Shape:
+    """Warpgroups that multiply, tiles in flight (a number for each ring), registers of a thread that loads, that multiplies.
+
+    The tiles fill the shared memory of a multiprocessor, and the threads its 65,536 registers.
+    """
+
+    consumers: int
+    stages: dict[str, int]
+    producer_registers: int = 40
+    consumer_registers: int = 232
+
+
 _SHAPES = {
-    ("forward", 64): (2, 12, 40, 232),
-    ("forward", 128): (2, 7, 40, 232),
-    ("dq", 64): (2, 12, 40, 232),
-    ("dq", 128): (2, 6, 40, 232),
-    ("dkv", 64): (2, 10, 40, 232),
-    ("dkv", 128): (2, 4, 40, 232),
+    ("forward", 64): _Shape(2, {"STAGES": 12}),
+    ("forward", 128): _Shape(2, {"STAGES": 7}),
+    ("forward_wide", 64): _Shape(2, {"KEY_STAGES": 6, "VALUE_STAGES": 8}),
+    ("forward_wide", 128): _Shape(2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),
+    ("dq", 64): _Shape(2, {"STAGES": 12}),
+    ("dq", 128): _Shape(2, {"STAGES": 6}),
+    ("dkv", 64): _Shape(2, {"STAGES": 11}),
+    # The two sums of a key tile are 128 registers: this one has none to spare.
+    ("dkv", 128): _Shape(2, {"STAGES": 5}, producer_registers=24, consumer_registers=240),
 }
 
 
@@ -50,29 +68,35 @@ class Variant:
     @classmethod
     def of(cls, kernel: Kernel, q: Tensor, plan: PlanTensors) -> Variant:
         """The variant for q [B, S, H, D] and a plan."""
-        pieces = (max(1, -(-length // TILE)) for length in (plan.max_q_block, plan.max_kv_block))
-        return cls(kernel, q.shape[-1], q.dtype == torch.float16, *pieces)
+        q_pieces, kv_pieces = (max(1, -(-length // TILE)) for length in (plan.max_q_block, plan.max_kv_block))
+        if kernel == "forward" and q_pieces == 2:
+            kernel = "forward_wide"
+        return cls(kernel, q.shape[-1], q.dtype == torch.float16, q_pieces, kv_pieces)
+
+    @property
+    def shape(self) -> _Shape:
+        """How the kernel fills a multiprocessor."""
+        return _SHAPES[self.kernel, self.head_dim]
 
     @property
     def consumers(self) -> int:
         """Tiles of 64 rows that one block of threads works on at once."""
-        return _SHAPES[self.kernel, self.head_dim][0]
+        return self.shape.consumers
 
     @property
     def macros(self) -> dict[str, int]:
         """What the sources want set from outside."""
-        consumers, stages, producer, consumer = _SHAPES[self.kernel, self.head_dim]
         return {
             "HEAD_DIM": self.head_dim,
             "HALF_FLOAT": int(self.half_float),
-            "CONSUMERS": consumers,
-            "STAGES": stages,
             "Q_PIECES": self.q_pieces,
             "KV_PIECES": self.kv_pieces,
-            "PRODUCER_REGISTERS": producer,
-            "CONSUMER_REGISTERS": consumer,
+            "CONSUMERS": self.shape.consumers,
+            "PRODUCER_REGISTERS": self.shape.producer_registers,
+            "CONSUMER_REGISTERS": self.shape.consumer_registers,
             "SHARED_BYTES": SHARED_BYTES,
             "ROW_VALUES": int(self.kernel == "dkv"),
+            **self.shape.stages,
         }
 
 
@@ -133,26 +157,33 @@ def launch(variant: Variant, items: int, *arguments: Any) -> None:
     )
 
 
-def tensor_map(x: Tensor) -> Any:
-    """How tensor copies read tiles of [B, S, H, D]: dimensions (64, S, D / 64, H, B), rows of 128 bytes, swizzled."""
+def tensor_map(x: Tensor, parts: int = 0) -> Any:
+    """How tensor copies read tiles of [B, S, H, D]: dimensions (64, S, D / 64, H, B), rows of 128 bytes, swizzled.
+
+    A copy takes 64 tokens and `parts` of the D / 64 parts of a row, or all (0).
+    """
+    batch, seq, heads, head_dim = x.shape
+    # The stride of a dimension of size 1 is never used, but must be a legal one.
+    token, head, item = (x.stride(d) * 2 if x.shape[d] > 1 else 128 for d in (1, 2, 0))
+    sizes = (64, seq, head_dim // 64, heads, batch)
+    return _encode(x.data_ptr(), sizes, (token, 128, head, item), (64, TILE, parts or head_dim // 64, 1, 1))
+
+
+@lru_cache(maxsize=1024)  # encoding takes the host longer than a launch; the result depends on the arguments alone
+def _encode(pointer: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
     from cuda.bindings import driver
 
-    batch, seq, heads, head_dim = x.shape
-    sizes = (64, seq, head_dim // 64, heads, batch)
-    # The stride of a dimension of size 1 is never used, but must be a legal one.
-    steps = [x.stride(d) * 2 if x.shape[d] > 1 else 128 for d in (1, 2, 0)]
-    strides = (steps[0], 128, steps[1], steps[2])
-    error, tensor_map = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, x.data_ptr(),
+    error, encoded = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16, len(sizes), pointer,
         [driver.cuuint64_t(size) for size in sizes], [driver.cuuint64_t(stride) for stride in strides],
-        [driver.cuuint32_t(size) for size in (64, TILE, head_dim // 64, 1, 1)], [driver.cuuint32_t(1)] * 5,
+        [driver.cuuint32_t(size) for size in box], [driver.cuuint32_t(1)] * len(sizes),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )  # fmt: skip
     _check((error,))
-    return tensor_map
+    return encoded
 
 
 def _as_argument(x: Any) -> Any:

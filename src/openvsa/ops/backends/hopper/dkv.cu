@@ -36,9 +36,9 @@ struct Rows {
     }
 };
 
-struct alignas(1024) Memory {
-    Ring ring;
+struct Memory {
     char own[CONSUMERS][2][TILE_BYTES];  // each consumer's keys and values
+    Ring ring;
     uint64 own_full[CONSUMERS][2];
 };
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ void produce(Ring& ring, const Problem& problem, cons
                     if (length <= 0) break;
                     int stage = position.stage;
                     barrier_wait(&ring.empty[stage], position.phase ^ 1);
-                    ring.slots[stage] = {NOT_AN_ITEM, consumers, length};
+                    ring.slots[stage] = Slot::entry(length, consumers);
                     barrier_expect(&ring.full[stage], 2 * TILE_BYTES + 2 * TILE * 4);
                     copy_tile(ring.tiles[stage][0], q_map, &ring.full[stage], start, head, item.batch);
                     copy_tile(ring.tiles[stage][1], grad_map, &ring.full[stage], start, head, item.batch);
@@ -94,14 +94,14 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
     Lane lane;
     Position position;
     uint32 own_phase = 0;
-    int number = -1;
-    next_slot<NOT_HOLDING>(ring, position, consumer, number);
+    int number = -1, length = 0;
+    next_slot<0>(ring, position, consumer, number, length);
     while (number >= 0) {
-        Item item(number, problem);
-        Rows rows(item, consumer, problem);
+        int current = number;
         char* k_tile = memory.own[consumer][0];
         char* v_tile = memory.own[consumer][1];
-        if (rows.length > 0) {
+        if (Item item(number, problem); Rows(item, consumer, problem).length > 0) {
+            Rows rows(item, consumer, problem);
             load_own(k_tile, k_map, &memory.own_full[consumer][0], rows.start, item.head, item.batch, consumer);
             load_own(v_tile, v_map, &memory.own_full[consumer][1], rows.start, item.head, item.batch, consumer);
             barrier_wait(&memory.own_full[consumer][0], own_phase);
@@ -112,57 +112,82 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) dk_sum[i] = dv_sum[i] = 0;
 
-        while (true) {
-            int stage = next_slot<NOT_HOLDING>(ring, position, consumer, number);
+        float s[32], dp[32];
+        uint32 p[16], ds[16];
+        int next = TOO_FAR;
+        while (next != ITEM_ENDS) {
+            int stage = next_slot<0>(ring, position, consumer, number, length);
             if (stage < 0) break;
-            clear_tails(ring, stage, consumer);
-            float s[32], dp[32];
-            uint32 p[16], ds[16];
+            clear_tails(ring, stage, length, consumer);
+            pin(s);
             wgmma_fence();
             multiply_over_head_dim(s, k_tile, ring.tiles[stage][0]);
             wgmma_commit();
-            multiply_over_head_dim(dp, v_tile, ring.tiles[stage][1]);
-            wgmma_commit();
-            const float* row_lse = ring.rows[stage][0];
-            const float* delta = ring.rows[stage][1];
-            wgmma_wait<1>();
-            pin(s);
+            while (true) {
+                pin(dp);
+                wgmma_fence();
+                multiply_over_head_dim(dp, v_tile, ring.tiles[stage][1]);
+                wgmma_commit();
+                wgmma_wait<1>();
+                pin(s);
+                const float* row_lse = ring.rows[stage][0];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                float2 lse = *reinterpret_cast<const float2*>(row_lse + 8 * i + lane.column);
-                s[4 * i] = exp2_approx(fmaf(s[4 * i], scale * LOG2_E, -lse.x));
-                s[4 * i + 1] = exp2_approx(fmaf(s[4 * i + 1], scale * LOG2_E, -lse.y));
-                s[4 * i + 2] = exp2_approx(fmaf(s[4 * i + 2], scale * LOG2_E, -lse.x));
-                s[4 * i + 3] = exp2_approx(fmaf(s[4 * i + 3], scale * LOG2_E, -lse.y));
-            }
-            pack_operand(p, s);
-            wgmma_wait<0>();
-            pin(dp);
-            pin(p);
-            pin(dv_sum);
-            wgmma_fence();
-            multiply_over_tokens(dv_sum, p, ring.tiles[stage][1]);
-            wgmma_commit();
+                for (int i = 0; i < 8; ++i) {
+                    float2 lse = *reinterpret_cast<const float2*>(row_lse + 8 * i + lane.column);
+                    s[4 * i] = exp2_approx(fmaf(s[4 * i], scale * LOG2_E, -lse.x));
+                    s[4 * i + 1] = exp2_approx(fmaf(s[4 * i + 1], scale * LOG2_E, -lse.y));
+                    s[4 * i + 2] = exp2_approx(fmaf(s[4 * i + 2], scale * LOG2_E, -lse.x));
+                    s[4 * i + 3] = exp2_approx(fmaf(s[4 * i + 3], scale * LOG2_E, -lse.y));
+                }
+                pack_operand(p, s);
+                pin(s);
+                pin(p);
+                // Here, so that the assembler does not wait for the second product before the exponentials.
+                next = next_slot<1>(ring, position, consumer, number, length);
+                wgmma_wait<0>();
+                pin(dp);
+                pin(dv_sum);
+                wgmma_fence();
+                multiply_over_tokens(dv_sum, p, ring.tiles[stage][1]);
+                wgmma_commit();
+                const float* delta = ring.rows[stage][1];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                float2 row_delta = *reinterpret_cast<const float2*>(delta + 8 * i + lane.column);
-                s[4 * i] *= dp[4 * i] - row_delta.x;
-                s[4 * i + 1] *= dp[4 * i + 1] - row_delta.y;
-                s[4 * i + 2] *= dp[4 * i + 2] - row_delta.x;
-                s[4 * i + 3] *= dp[4 * i + 3] - row_delta.y;
+                for (int i = 0; i < 8; ++i) {
+                    float2 row_delta = *reinterpret_cast<const float2*>(delta + 8 * i + lane.column);
+                    s[4 * i] *= dp[4 * i] - row_delta.x;
+                    s[4 * i + 1] *= dp[4 * i + 1] - row_delta.y;
+                    s[4 * i + 2] *= dp[4 * i + 2] - row_delta.x;
+                    s[4 * i + 3] *= dp[4 * i + 3] - row_delta.y;
+                }
+                pack_operand(ds, s);
+                pin(ds);
+                pin(s);
+                pin(dk_sum);
+                wgmma_fence();
+                multiply_over_tokens(dk_sum, ds, ring.tiles[stage][0]);
+                wgmma_commit();
+                if (next < 0) break;
+                clear_tails(ring, next, length, consumer);
+                wgmma_fence();
+                multiply_over_head_dim(s, k_tile, ring.tiles[next][0]);
+                wgmma_commit();
+                wgmma_wait<1>();
+                pin(p);
+                pin(ds);
+                pin(dv_sum);
+                pin(dk_sum);
+                release(&ring.empty[stage]);
+                stage = next;
             }
-            pack_operand(ds, s);
-            pin(ds);
-            pin(dk_sum);
-            wgmma_fence();
-            multiply_over_tokens(dk_sum, ds, ring.tiles[stage][0]);
-            wgmma_commit();
             wgmma_wait<0>();
-            pin(dk_sum);
             pin(dv_sum);
-            release(ring, stage);
+            pin(dk_sum);
+            release(&ring.empty[stage]);
         }
 
+        // Worked out again: between, every register counts.
+        Item item(current, problem);
+        Rows rows(item, consumer, problem);
         int64 row = int64(problem.kv_heads) * HEAD_DIM;
         int64 first = (int64(item.batch) * problem.seq_kv + rows.start) * row + item.head * HEAD_DIM;
         store_rows(dk + first, row, rows.length, lane, dk_sum, scale, scale);
@@ -170,15 +195,14 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
     }
 }
 
-static_assert(sizeof(Memory) + 1024 <= SHARED_BYTES, "the tiles do not fit");
+static_assert(sizeof(Memory) <= SHARED_BYTES, "the tiles do not fit");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     key_gradient(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap grad_map,
                  const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
                  const __grid_constant__ Problem problem, const float* row_values, half_bits* dk, half_bits* dv,
                  int* next_item, float scale) {
-    extern __shared__ char bytes[];
-    Memory& memory = *reinterpret_cast<Memory*>((reinterpret_cast<uint64>(bytes) + 1023) & ~uint64(1023));
+    Memory& memory = *reinterpret_cast<Memory*>(shared_memory);
     if (threadIdx.x == 0) {
         for (int c = 0; c < CONSUMERS; ++c) for (int i = 0; i < 2; ++i) barrier_init(&memory.own_full[c][i], 1);
         ring_init(memory.ring);
@@ -189,6 +213,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x == 128 * CONSUMERS) produce(memory.ring, problem, &q_map, &grad_map, row_values, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        consume(memory, problem, &k_map, &v_map, dk, dv, scale, threadIdx.x / 128);
+        consume(memory, problem, &k_map, &v_map, dk, dv, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
     }
 }

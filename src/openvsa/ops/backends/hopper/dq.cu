@@ -15,9 +15,9 @@ __device__ __forceinline__ void score_gradient(float (&s)[32], const float (&dp)
             if ((i >> 2) * 8 + lane.column + (i & 1) >= length) s[i] = 0;
 }
 
-struct alignas(1024) Memory {
-    Ring ring;
+struct Memory {
     char own[CONSUMERS][TILE_BYTES];  // each consumer's rows of the gradient of out
+    Ring ring;
     uint64 own_full[CONSUMERS];
 };
 
@@ -31,8 +31,8 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
     Lane lane;
     Position position;
     uint32 own_phase = 0;
-    int number = -1;
-    next_slot<NOT_HOLDING>(ring, position, consumer, number);
+    int number = -1, length = 0;
+    next_slot<0>(ring, position, consumer, number, length);
     while (number >= 0) {
         Item item(number, problem);
         Rows rows(item, consumer, problem);
@@ -83,9 +83,9 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
 
         int next = TOO_FAR;
         while (next != ITEM_ENDS) {
-            int stage = next_slot<NOT_HOLDING>(ring, position, consumer, number);
+            int stage = next_slot<0>(ring, position, consumer, number, length);
             if (stage < 0) break;
-            clear_tails(ring, stage, consumer);
+            clear_tails(ring, stage, length, consumer);
             pin(q_operand);
             wgmma_fence();
             multiply_over_head_dim(s, q_operand, ring.tiles[stage][0]);
@@ -94,10 +94,11 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             wgmma_wait<0>();
             pin(s);
             pin(dp);
-            score_gradient(s, dp, row_lse, delta, scale * LOG2_E, ring.slots[stage].length, lane);
+            score_gradient(s, dp, row_lse, delta, scale * LOG2_E, length, lane);
             pack_operand(ds, s);
-            while ((next = next_slot<HOLDING>(ring, position, consumer, number)) >= 0) {
-                clear_tails(ring, next, consumer);
+            next = next_slot<2>(ring, position, consumer, number, length);
+            while (next >= 0) {
+                clear_tails(ring, next, length, consumer);
                 pin(s);
                 pin(dp);
                 pin(ds);
@@ -111,13 +112,17 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 wgmma_wait<1>();
                 pin(s);
                 pin(dp);
-                score_gradient(s, dp, row_lse, delta, scale * LOG2_E, ring.slots[next].length, lane);
+                score_gradient(s, dp, row_lse, delta, scale * LOG2_E, length, lane);
+                pin(s);
+                // Here, so that the assembler does not wait for the last product before the exponentials.
+                int after = next_slot<2>(ring, position, consumer, number, length);
                 wgmma_wait<0>();
                 pin(d);
                 pin(ds);
-                release(ring, stage);
+                release(&ring.empty[stage]);
                 pack_operand(ds, s);
                 stage = next;
+                next = after;
             }
             pin(ds);
             pin(d);
@@ -126,7 +131,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             wgmma_commit();
             wgmma_wait<0>();
             pin(d);
-            release(ring, stage);
+            release(&ring.empty[stage]);
         }
 
         int64 dq_row = int64(problem.heads) * HEAD_DIM;
@@ -135,7 +140,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
     }
 }
 
-static_assert(sizeof(Memory) + 1024 <= SHARED_BYTES, "the tiles do not fit");
+static_assert(sizeof(Memory) <= SHARED_BYTES, "the tiles do not fit");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     query_gradient(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
@@ -143,8 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                    const half_bits* grad, half_bits* dq, const float* lse, const float* dlse, float* row_values,
                    int* next_item, int64 q_batch, int64 q_row, int64 q_head, int64 out_batch, int64 out_row,
                    int64 out_head, int64 grad_batch, int64 grad_row, int64 grad_head, float scale) {
-    extern __shared__ char bytes[];
-    Memory& memory = *reinterpret_cast<Memory*>((reinterpret_cast<uint64>(bytes) + 1023) & ~uint64(1023));
+    Memory& memory = *reinterpret_cast<Memory*>(shared_memory);
     if (threadIdx.x == 0) {
         for (int c = 0; c < CONSUMERS; ++c) barrier_init(&memory.own_full[c], 1);
         ring_init(memory.ring);
@@ -156,6 +160,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         take_registers<CONSUMER_REGISTERS>();
         consume(memory, problem, &grad_map, q, out, grad, dq, lse, dlse, row_values, q_batch, q_row, q_head, out_batch,
-                out_row, out_head, grad_batch, grad_row, grad_head, scale, threadIdx.x / 128);
+                out_row, out_head, grad_batch, grad_row, grad_head, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
     }
 }
