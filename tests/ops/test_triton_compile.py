@@ -79,7 +79,7 @@ def compiled(kernel: str, launch: Any, dtype: torch.dtype, dim: int, mapped: boo
         arguments += [*[strides] * 6, *[ints] * 4, (0, 1), *numbers]
         return triton_kernels._dq_kernel.warmup(*arguments, grid=(1,), **options)
     arguments = [*[dtype] * 4, box(launch.block_m, dim), box(launch.block_m, dim), dtype, dtype, floats, floats]
-    arguments += [*[strides] * 6, *[ints] * 5, (0, 1), (0, 1), *numbers]
+    arguments += [*[strides] * 6, *[ints] * 4, (0, 1), *numbers]
     return triton_kernels._dkv_kernel.warmup(*arguments, grid=(1,), **options)
 
 

@@ -265,15 +265,14 @@ def _dq_kernel(
 def _dkv_kernel(
     q, k, v, do, q_map, do_map, dk, dv, lse, delta,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
-    q_offsets, kv_offsets, q_starts, q_indices, kv_order,
-    plan_steps, order_steps, num_kv_blocks, list_width, seq_q, scale,
+    q_offsets, kv_offsets, q_starts, q_indices,
+    plan_steps, num_kv_blocks, list_width, seq_q, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_PIECES: tl.constexpr, KV_PIECES: tl.constexpr,
 ):  # fmt: skip
+    kv_block = tl.program_id(0) // KV_PIECES
     kv_head = tl.program_id(1)
     batch = tl.program_id(2)
-    order_row = (batch * order_steps[0] + kv_head * order_steps[1]).to(tl.int64) * num_kv_blocks
-    kv_block = tl.load(kv_order + order_row + tl.program_id(0) // KV_PIECES)
     kv_start, kv_length = _block(kv_offsets, kv_block)
     kv_row = (tl.program_id(0) % KV_PIECES) * BLOCK_N
     k_tile = _load(k, k_strides, batch, kv_head, kv_start, kv_length, kv_row, 0, BLOCK_N, BLOCK_D, HEAD_DIM)
@@ -334,8 +333,9 @@ class _Launch:
 #
 # Pieces are read by pointers, on every GPU. Two bytes: 64 x 64 is what one group of four warps multiplies in one
 # Hopper instruction. Four bytes: exact fp32 products run outside the tensor cores and live in registers, hence small
-# tiles. Measured on H100 and H200. Elsewhere derived: shared memory stays below the 99 KiB of sm_86, sm_89 and sm_120,
-# and registers spill nowhere or by some 300 bytes, as compiled for sm_80, sm_89, sm_90, sm_100 and sm_120.
+# tiles. Two bytes up to head_dim 128 are measured, on an H200; all else, and all other GPUs, are derived: compiled for
+# sm_80, sm_89, sm_90 and sm_120, shared memory stays below the 99 KiB that sm_86, sm_89 and sm_120 have, for gfx942
+# below 40 of its 64 KiB, and registers spill by no more than some 300 bytes (fp32) or 40 (else).
 _BY_POINTERS = {
     "forward": {
         (2, 64): _Launch(64, 64, 4, 2),
@@ -364,8 +364,10 @@ _BY_POINTERS = {
 }
 
 # Pieces are loaded by tensor maps. Measured on an H200; TFLOP/s of the products that each kernel makes, B=1 H=12
-# S=32768, one eighth of the blocks, random: forward 541 and 449 (head_dim 128 and 64), dq 636 and 642, dkv 612 and 486,
-# against 390 and 356, 518 and 469, 482 and 373 by pointers before.
+# S=32768, one eighth of the blocks, random: forward 541 and 449 (head_dim 128 and 64), dq 636 and 642, dkv 612 and 486.
+# The kernels before them, which read by pointers with a bias on every score: 390 and 356, 518 and 469, 388 and 372.
+# Those are short runs; a GPU that has been busy for half a minute gives some 5 % less. What did not pay: 128 queries in
+# a program (397 forward, blocks of 128), eight warps for 64, a third stage, key blocks with most readers first.
 _BY_MAPS = {
     "forward": {(2, 64): _Launch(64, 64, 4, 2), (2, 128): _Launch(64, 64, 4, 2)},
     "dq": {(2, 64): _Launch(64, 64, 4, 2), (2, 128): _Launch(64, 64, 4, 2)},
@@ -455,15 +457,6 @@ def _steps(lists: Tensor) -> tuple[int, int]:
     return (heads if batches > 1 else 0, 1 if heads > 1 else 0)
 
 
-def _most_read_first(q_starts: Tensor, group: int) -> Tensor:
-    """int32 [Bp, Hkv or 1, NK]: the key blocks of each key head, those with the most readers first, so that no long
-    program is left over at the end. Only the order of work depends on it, no result."""
-    readers = q_starts.diff(dim=-1)
-    if readers.shape[1] > 1:
-        readers = readers.unflatten(1, (-1, group)).sum(2)
-    return readers.argsort(dim=-1, descending=True).to(torch.int32)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of every query block over the key blocks of its list.
 
@@ -521,11 +514,10 @@ def backward(
         )  # fmt: skip
         options = _options("dkv", q, k, plan, (q, do))
         q_map, do_map = _maps((q, do), options["BLOCK_M"], columns, options["MAPPED"])
-        order = _most_read_first(plan.q_starts, options["GROUP"])
         _dkv_kernel[(num_kv_blocks * options["KV_PIECES"], kv_heads, batch)](
             q, k, v, do, q_map, do_map, dk, dv, lse, delta,
             q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
-            plan.q_offsets, plan.kv_offsets, plan.q_starts, plan.q_indices, order,
-            _steps(plan.q_starts), _steps(order), num_kv_blocks, num_q_blocks * width, seq_q, scale, **options,
+            plan.q_offsets, plan.kv_offsets, plan.q_starts, plan.q_indices,
+            _steps(plan.q_starts), num_kv_blocks, num_q_blocks * width, seq_q, scale, **options,
         )  # fmt: skip
     return dq, dk, dv
