@@ -344,41 +344,77 @@ __device__ __forceinline__ void clear_rows(char* rows, int begin, int end) {
 
 // ------------------------------------------------------------------------------------------------------- the lists
 
-// The sorted lists of CONSUMERS blocks, walked as one: each number once, with a bit for every list it is in.
-struct Lists {
-    const int* at[CONSUMERS];
-    const int* end[CONSUMERS];
-    int head[CONSUMERS];
+// Piece `piece` of a block: its first token, and how many of its tokens lie in the block (0 or less: none).
+__device__ __forceinline__ int piece_of(int start, int length, int piece, int& piece_length) {
+    piece_length = min(TILE, length - piece * TILE);
+    return start + piece * TILE;
+}
 
-    __device__ __forceinline__ void set(int c, const int* begin, int count) {
-        at[c] = begin;
-        end[c] = begin + count;
-        head[c] = count > 0 ? *begin : 0x7fffffff;
+constexpr int NO_BLOCK = 0x7fffffff;
+
+// A block that is in some lists: its number, first token and length, and a bit for every list it is in.
+struct Entry {
+    int block, start, length, lists;
+};
+
+// The sorted lists of N blocks, walked as one by a whole warp: each block once. 32 entries of every list are held, one in
+// each lane, so that numbers and offsets are loaded together and not one after the other. What comes from a shuffle is
+// known to be the same in all lanes.
+template <int N>
+struct Lists {
+    const int* offsets;  // first tokens of the blocks
+    const int* list[N];
+    int count[N], at[N];
+    int block[N], start[N], length[N];  // this lane's entry
+    int head[N];
+
+    __device__ __forceinline__ explicit Lists(const int* offsets) : offsets(offsets) {}
+
+    __device__ __forceinline__ void set(int n, const int* begin, int entries) {
+        list[n] = begin;
+        count[n] = entries;
+        at[n] = 0;
+        load(n);
+    }
+
+    __device__ __forceinline__ void load(int n) {
+        int mine = at[n] + (threadIdx.x & 31);
+        block[n] = NO_BLOCK;
+        if (mine < count[n]) {
+            block[n] = list[n][mine];
+            start[n] = offsets[block[n]];
+            length[n] = offsets[block[n] + 1] - start[n];
+        }
+        head[n] = __shfl_sync(0xffffffffu, block[n], 0);
     }
 
     // False at the end.
-    __device__ __forceinline__ bool pop(int& index, int& consumers) {
-        index = head[0];
+    __device__ __forceinline__ bool pop(Entry& entry) {
+        entry = {head[0], 0, 0, 0};
 #pragma unroll
-        for (int c = 1; c < CONSUMERS; ++c) index = min(index, head[c]);
-        if (index == 0x7fffffff) return false;
-        consumers = 0;
+        for (int n = 1; n < N; ++n) entry.block = min(entry.block, head[n]);
+        if (entry.block == NO_BLOCK) return false;
 #pragma unroll
-        for (int c = 0; c < CONSUMERS; ++c)
-            if (head[c] == index) {
-                consumers |= 1 << c;
-                ++at[c];
-                head[c] = at[c] < end[c] ? *at[c] : 0x7fffffff;
+        for (int n = 0; n < N; ++n)
+            if (head[n] == entry.block) {
+                entry.lists |= 1 << n;
+                entry.start = __shfl_sync(0xffffffffu, start[n], at[n] & 31);
+                entry.length = __shfl_sync(0xffffffffu, length[n], at[n] & 31);
+                ++at[n];
+                if ((at[n] & 31) == 0)
+                    load(n);
+                else
+                    head[n] = __shfl_sync(0xffffffffu, block[n], at[n] & 31);
             }
         return true;
     }
 };
 
-// First token of piece `piece` of block `block`, and how many of its tokens lie in the block (0 or less: none).
-__device__ __forceinline__ int piece_of(const int* offsets, int block, int piece, int& length) {
-    int start = offsets[block] + piece * TILE;
-    length = min(TILE, offsets[block + 1] - start);
-    return start;
+// The number of the next work item, for a whole warp.
+__device__ __forceinline__ int take_item(int* next_item) {
+    int number = 0;
+    if ((threadIdx.x & 31) == 0) number = atomicAdd(next_item, 1);
+    return __shfl_sync(0xffffffffu, number, 0);
 }
 
 // ------------------------------------------------------------------------------------------------------- the slots

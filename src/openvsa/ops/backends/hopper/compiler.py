@@ -43,7 +43,7 @@ class _Shape:
 
 
 _SHAPES = {
-    ("forward", 64): _Shape(2, {"STAGES": 12}),
+    ("forward", 64): _Shape(3, {"STAGES": 12}, producer_registers=56, consumer_registers=152),
     ("forward", 128): _Shape(2, {"STAGES": 7}),
     ("forward_wide", 64): _Shape(2, {"KEY_STAGES": 6, "VALUE_STAGES": 8}),
     ("forward_wide", 128): _Shape(2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),

@@ -31,7 +31,10 @@ struct Rows {
     __device__ __forceinline__ Rows(const Item& item, int consumer, const Problem& problem) : start(0), length(0) {
         int tile = item.group * CONSUMERS + consumer;
         int block = tile / KV_PIECES;
-        if (block < problem.num_kv_blocks) start = piece_of(problem.kv_offsets, block, tile % KV_PIECES, length);
+        if (block < problem.num_kv_blocks) {
+            int first = problem.kv_offsets[block];
+            start = piece_of(first, problem.kv_offsets[block + 1] - first, tile % KV_PIECES, length);
+        }
         length = max(length, 0);
     }
 };
@@ -47,9 +50,8 @@ __device__ __forceinline__ void produce(Ring& ring, const Problem& problem, cons
     Position position;
     int items = groups_per_head(problem) * problem.kv_heads * problem.batch;
     int members = problem.heads / problem.kv_heads;
-    while (true) {
-        int number = atomicAdd(next_item, 1);
-        if (number >= items) break;
+    int number;
+    while ((number = take_item(next_item)) < items) {
         Item item(number, problem);
         announce(ring, position, number);
         for (int member = 0; member < members; ++member) {
@@ -57,7 +59,7 @@ __device__ __forceinline__ void produce(Ring& ring, const Problem& problem, cons
             int64 plan = item.batch * problem.batch_step + head * problem.head_step;
             const int* starts = problem.q_starts + plan * (problem.num_kv_blocks + 1);
             const int* indices = problem.q_indices + plan * problem.list_width;
-            Lists lists;
+            Lists<CONSUMERS> lists(problem.q_offsets);
 #pragma unroll
             for (int c = 0; c < CONSUMERS; ++c) {
                 Rows rows(item, c, problem);
@@ -65,20 +67,23 @@ __device__ __forceinline__ void produce(Ring& ring, const Problem& problem, cons
                 lists.set(c, indices + starts[block], rows.length > 0 ? starts[block + 1] - starts[block] : 0);
             }
             int64 first_tile = int64(item.batch * problem.heads + head) * problem.num_q_blocks * Q_PIECES;
-            int block, consumers;
-            while (lists.pop(block, consumers)) {
+            Entry entry;
+            while (lists.pop(entry)) {
                 for (int piece = 0; piece < Q_PIECES; ++piece) {
                     int length;
-                    int start = piece_of(problem.q_offsets, block, piece, length);
+                    int start = piece_of(entry.start, entry.length, piece, length);
                     if (length <= 0) break;
                     int stage = position.stage;
                     barrier_wait(&ring.empty[stage], position.phase ^ 1);
-                    ring.slots[stage] = Slot::entry(length, consumers);
-                    barrier_expect(&ring.full[stage], 2 * TILE_BYTES + 2 * TILE * 4);
-                    copy_tile(ring.tiles[stage][0], q_map, &ring.full[stage], start, head, item.batch);
-                    copy_tile(ring.tiles[stage][1], grad_map, &ring.full[stage], start, head, item.batch);
-                    copy_bytes(ring.rows[stage], row_values + (first_tile + block * Q_PIECES + piece) * 2 * TILE,
-                               &ring.full[stage], 2 * TILE * 4);
+                    if ((threadIdx.x & 31) == 0) {
+                        ring.slots[stage] = Slot::entry(length, entry.lists);
+                        barrier_expect(&ring.full[stage], 2 * TILE_BYTES + 2 * TILE * 4);
+                        copy_tile(ring.tiles[stage][0], q_map, &ring.full[stage], start, head, item.batch);
+                        copy_tile(ring.tiles[stage][1], grad_map, &ring.full[stage], start, head, item.batch);
+                        const float* rows = row_values + (first_tile + entry.block * Q_PIECES + piece) * 2 * TILE;
+                        copy_bytes(ring.rows[stage], rows, &ring.full[stage], 2 * TILE * 4);
+                    }
+                    __syncwarp();
                     position.advance();
                 }
             }
@@ -210,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     if (threadIdx.x >= 128 * CONSUMERS) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 128 * CONSUMERS) produce(memory.ring, problem, &q_map, &grad_map, row_values, next_item);
+        if (threadIdx.x < 128 * CONSUMERS + 32) produce(memory.ring, problem, &q_map, &grad_map, row_values, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         consume(memory, problem, &k_map, &v_map, dk, dv, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));

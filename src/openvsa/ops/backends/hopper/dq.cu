@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     if (threadIdx.x >= 128 * CONSUMERS) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 128 * CONSUMERS) produce(memory.ring, problem, &k_map, &v_map, next_item);
+        if (threadIdx.x < 128 * CONSUMERS + 32) produce(memory.ring, problem, &k_map, &v_map, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         consume(memory, problem, &grad_map, q, out, grad, dq, lse, dlse, row_values, q_batch, q_row, q_head, out_batch,

@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     if (threadIdx.x >= 128 * CONSUMERS) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 128 * CONSUMERS) produce(ring, problem, &k_map, &v_map, next_item);
+        if (threadIdx.x < 128 * CONSUMERS + 32) produce(ring, problem, &k_map, &v_map, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         consume(ring, problem, q, out, lse, q_batch, q_row, q_head, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));

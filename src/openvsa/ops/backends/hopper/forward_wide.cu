@@ -63,16 +63,19 @@ struct Producer {
     const TensorMap *k_map, *v_map;
     int head, batch;
 
-    __device__ __forceinline__ void begin(PairWord word) {
+    __device__ __forceinline__ void reserve() {
         barrier_wait(&memory.keys_empty[position.keys], position.keys_phase ^ 1);
         barrier_wait(&memory.values_empty[position.values], position.values_phase ^ 1);
-        memory.words[position.keys] = word;
     }
 
     __device__ __forceinline__ void announce(int item) {
-        begin(PairWord::first(item));
-        barrier_arrive(&memory.keys_full[position.keys]);
-        barrier_arrive(&memory.values_full[position.values]);
+        reserve();
+        if ((threadIdx.x & 31) == 0) {
+            memory.words[position.keys] = PairWord::first(item);
+            barrier_arrive(&memory.keys_full[position.keys]);
+            barrier_arrive(&memory.values_full[position.values]);
+        }
+        __syncwarp();
         position.advance();
     }
 
@@ -85,16 +88,20 @@ struct Producer {
 
     // second_length 0: there is no second tile.
     __device__ __forceinline__ void load(int start, int length, int second_start, int second_length) {
-        begin(PairWord::pair(length, second_length));
-        int bytes = second_length > 0 ? 2 * TILE_BYTES : TILE_BYTES;
-        uint64* full = &memory.keys_full[position.keys];
-        barrier_expect(full, bytes);
-        copy(memory.keys[position.keys], 0, k_map, full, start);
-        if (second_length > 0) copy(memory.keys[position.keys], 1, k_map, full, second_start);
-        full = &memory.values_full[position.values];
-        barrier_expect(full, bytes);
-        copy(memory.values[position.values], 0, v_map, full, start);
-        if (second_length > 0) copy(memory.values[position.values], 1, v_map, full, second_start);
+        reserve();
+        if ((threadIdx.x & 31) == 0) {
+            memory.words[position.keys] = PairWord::pair(length, second_length);
+            int bytes = second_length > 0 ? 2 * TILE_BYTES : TILE_BYTES;
+            uint64* full = &memory.keys_full[position.keys];
+            barrier_expect(full, bytes);
+            copy(memory.keys[position.keys], 0, k_map, full, start);
+            if (second_length > 0) copy(memory.keys[position.keys], 1, k_map, full, second_start);
+            full = &memory.values_full[position.values];
+            barrier_expect(full, bytes);
+            copy(memory.values[position.values], 0, v_map, full, start);
+            if (second_length > 0) copy(memory.values[position.values], 1, v_map, full, second_start);
+        }
+        __syncwarp();
         position.advance();
     }
 };
@@ -103,22 +110,22 @@ __device__ __forceinline__ void produce(Memory& memory, const Problem& problem, 
                                         const TensorMap* v_map, int* next_item) {
     Producer producer{memory, PairPosition(), k_map, v_map, 0, 0};
     int items = groups_per_head(problem) * problem.heads * problem.batch;
-    while (true) {
-        int number = atomicAdd(next_item, 1);
-        if (number >= items) break;
+    int number;
+    while ((number = take_item(next_item)) < items) {
         Item item(number, problem);
         producer.announce(number);
         producer.head = item.head / (problem.heads / problem.kv_heads);
         producer.batch = item.batch;
         int64 list =
             int64(item.batch * problem.batch_step + item.head * problem.head_step) * problem.num_q_blocks + item.group;
-        const int* blocks = problem.kv_indices + list * problem.list_width;
-        int count = problem.kv_num_blocks[list];
+        Lists<1> blocks(problem.kv_offsets);
+        blocks.set(0, problem.kv_indices + list * problem.list_width, problem.kv_num_blocks[list]);
         int waiting = 0, waiting_length = 0;  // a tile that waits for a second one
-        for (int i = 0; i < count; ++i)
+        Entry entry;
+        while (blocks.pop(entry))
             for (int piece = 0; piece < KV_PIECES; ++piece) {
                 int length;
-                int start = piece_of(problem.kv_offsets, blocks[i], piece, length);
+                int start = piece_of(entry.start, entry.length, piece, length);
                 if (length <= 0) break;
                 if (waiting_length == 0) {
                     waiting = start;
@@ -281,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     if (threadIdx.x >= 128 * CONSUMERS) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 128 * CONSUMERS) produce(memory, problem, &k_map, &v_map, next_item);
+        if (threadIdx.x < 128 * CONSUMERS + 32) produce(memory, problem, &k_map, &v_map, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         consume(memory, problem, q, out, lse, q_batch, q_row, q_head, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));

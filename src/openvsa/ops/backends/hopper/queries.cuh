@@ -31,7 +31,10 @@ struct Rows {
     __device__ __forceinline__ Rows(const Item& item, int consumer, const Problem& problem) : start(0), length(0) {
         int tile = item.group * CONSUMERS + consumer;
         int block = tile / Q_PIECES;
-        if (block < problem.num_q_blocks) start = piece_of(problem.q_offsets, block, tile % Q_PIECES, length);
+        if (block < problem.num_q_blocks) {
+            int first = problem.q_offsets[block];
+            start = piece_of(first, problem.q_offsets[block + 1] - first, tile % Q_PIECES, length);
+        }
         length = max(length, 0);
     }
 };

@@ -67,10 +67,15 @@ __device__ __forceinline__ void clear_tails(Ring& ring, int stage, int length, i
     sync_warpgroup(consumer);
 }
 
+// ---------------------------------------------------------------------------------------------- by the producer warp
+
 // The slot for item `item`: no tiles.
 __device__ __forceinline__ void announce(Ring& ring, Position& position, int item) {
     barrier_wait(&ring.empty[position.stage], position.phase ^ 1);
-    ring.slots[position.stage] = Slot::first(item);
-    barrier_arrive(&ring.full[position.stage]);
+    if ((threadIdx.x & 31) == 0) {
+        ring.slots[position.stage] = Slot::first(item);
+        barrier_arrive(&ring.full[position.stage]);
+    }
+    __syncwarp();
     position.advance();
 }
