@@ -59,5 +59,5 @@ $(VENV)/.installed-demo: pyproject.toml $(VENV)/.installed-torch
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-torch
-	$(PIP) -e '.[demo,train,triton,test,docs,dev]'
+	$(PIP) -e '.[demo,train,triton,hopper,test,docs,dev]'
 	@touch $@

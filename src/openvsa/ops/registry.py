@@ -87,6 +87,21 @@ def _installed_version(distribution: str) -> str | None:
 
 
 @config.machine_fact
+def _hopper_available(device_type: str) -> list[str]:
+    missing = [name for name in ("cuda-core", "cuda-bindings") if _installed_version(name) is None]
+    return [f"{' and '.join(missing)} not installed (pip install 'openvsa[hopper]')"] if missing else []
+
+
+def _hopper_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.device_type == "cuda" and problem.capability != (9, 0):
+        reasons.append(f"its kernels are for compute capability 9.0 (H100, H200), not {problem.capability}")
+    if 64 < problem.head_dim < 128:
+        reasons.append(f"takes head_dim 64 and 128, not {problem.head_dim}")
+    return reasons
+
+
+@config.machine_fact
 def _fa4_available(device_type: str) -> list[str]:
     found = _installed_version("flash-attn-4")
     if found is None:
@@ -143,6 +158,18 @@ _BACKENDS = (
         run=lambda q, k, v, plan, scale: run_kernel("cpu", q, k, v, plan, scale),
         dtypes=(*_HALF_AND_FLOAT, torch.float64),
         device_types=("cpu",),
+    ),
+    Backend(
+        name="hopper",
+        summary="CUDA kernels for H100 and H200, compiled on first use; forward and backward, deterministic",
+        run=lambda q, k, v, plan, scale: run_kernel("hopper", q, k, v, plan, scale),
+        dtypes=(torch.bfloat16, torch.float16),
+        device_types=("cuda",),
+        head_dim=(64, 128),
+        max_block=128,
+        head_dim_v_differs=False,
+        available=_hopper_available,
+        extra_reasons=_hopper_reasons,
     ),
     Backend(
         name="fa4",

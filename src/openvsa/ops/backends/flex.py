@@ -18,16 +18,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) ->
     """out [B, Sq, H, D] and lse fp32 [B, H, Sq] through `flex_attention`, compiled on first use."""
     # Inside a compiled caller it becomes part of that graph.
     attend = flex_attention if torch.compiler.is_compiling() else _attend
+    # In one layout, gradient included: Inductor's kernels, and so the last bits, would depend on the strides.
     out, lse = attend(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        q.transpose(1, 2).contiguous(),
+        k.transpose(1, 2).contiguous(),
+        v.transpose(1, 2).contiguous(),
         block_mask=plan.to_flex_block_mask(),
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
         return_lse=True,
     )
-    return out.transpose(1, 2), lse.float()
+    return _ContiguousGradient.apply(out).transpose(1, 2), lse.float()
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def _attend(*args: Any, **kwargs: Any) -> Any:

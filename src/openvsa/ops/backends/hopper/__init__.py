@@ -1,8 +1,8 @@
 """Kernels for Hopper GPUs (sm_90a) in CUDA C++: tensor copies, wgmma, a producer warp and consumer warpgroups.
 
-The sources lie beside this file and are compiled by NVRTC when first used (see `compiler`). Tiles of keys and values that
-several query blocks of a group need are loaded once for all of them. Both passes are deterministic: each gradient is
-summed in registers, by one warpgroup, in the order of its list.
+The sources lie beside this file and are compiled by NVRTC when first used (see `compiler`). Tiles of keys and values
+that several query blocks of a group need are loaded once for all of them. Both passes are deterministic: each gradient
+is summed in registers, by one warpgroup, in the order of its list.
 """
 
 from __future__ import annotations
@@ -18,24 +18,19 @@ from openvsa.ops.plan_tensors import PlanTensors
 __all__ = ["backward", "forward"]
 
 
+_POINTERS = {
+    "query": ("q_offsets", "kv_offsets", "kv_num_blocks", "kv_indices"),
+    "key": ("q_offsets", "kv_offsets", "q_starts", "q_indices"),
+}
+_STEPS_AND_HEADS = ("list_width", "batch_step", "head_step", "batch", "heads", "kv_heads")
+
+
 class _QueryProblem(ctypes.Structure):
-    """`Problem` of lists.cuh."""
+    """`Problem` of queries.cuh."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q_offsets", "kv_offsets", "kv_num_blocks", "kv_indices")),
-        *(
-            (name, ctypes.c_int)
-            for name in (
-                "num_q_blocks",
-                "list_width",
-                "batch_step",
-                "head_step",
-                "batch",
-                "heads",
-                "kv_heads",
-                "seq_q",
-            )  # fmt: skip
-        ),
+        *((name, ctypes.c_void_p) for name in _POINTERS["query"]),
+        *((name, ctypes.c_int) for name in ("num_q_blocks", *_STEPS_AND_HEADS, "seq_q")),
     )
 
 
@@ -43,21 +38,8 @@ class _KeyProblem(ctypes.Structure):
     """`Problem` of dkv.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q_offsets", "kv_offsets", "q_starts", "q_indices")),
-        *(
-            (name, ctypes.c_int)
-            for name in (
-                "num_q_blocks",
-                "num_kv_blocks",
-                "list_width",
-                "batch_step",
-                "head_step",
-                "batch",
-                "heads",
-                "kv_heads",
-                "seq_kv",
-            )  # fmt: skip
-        ),
+        *((name, ctypes.c_void_p) for name in _POINTERS["key"]),
+        *((name, ctypes.c_int) for name in ("num_q_blocks", "num_kv_blocks", *_STEPS_AND_HEADS, "seq_kv")),
     )
 
 
@@ -74,11 +56,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     variant = Variant.of("forward", q, plan)
     parts = 1 if variant.kernel == "forward_wide" else 0
+    items = _tiles(plan.q_offsets, variant.q_pieces, variant) * q.shape[2] * q.shape[0]
+    problem = _query_problem(q, k, plan)
     with torch.cuda.device_of(q):
-        launch(
-            variant, _tiles(plan.q_offsets, variant.q_pieces, variant) * q.shape[2] * q.shape[0],
-            tensor_map(k, parts), tensor_map(v, parts), _query_problem(q, k, plan), q, out, lse, _counter(q), *_steps(q), scale,
-        )  # fmt: skip
+        maps = (tensor_map(k, parts), tensor_map(v, parts))
+        launch(variant, items, *maps, problem, q, out, lse, _counter(q), *_steps(q), scale)
     return out, lse
 
 
@@ -89,8 +71,6 @@ def backward(
 
     do [B, Sq, H, D] in the dtype of q; dlse, lse [B, H, Sq] fp32. The plan must carry its transpose. Deterministic.
     """
-    assert plan.q_starts is not None
-    assert plan.q_indices is not None
     negative = scale < 0
     q, k, v, do, out, scale = _positive(q, scale), _loadable(k), _loadable(v), _loadable(do), _loadable(out), abs(scale)
     lse, dlse, plan = lse.contiguous(), dlse.contiguous(), _contiguous(plan)
@@ -99,22 +79,21 @@ def backward(
     num_q_blocks, width = plan.kv_indices.shape[2:]
     first, second = Variant.of("dq", q, plan), Variant.of("dkv", q, plan)
     row_values = torch.empty(batch, heads, num_q_blocks * first.q_pieces, 2, TILE, dtype=torch.float32, device=q.device)
+    q_items = _tiles(plan.q_offsets, first.q_pieces, first) * heads * batch
+    kv_items = _tiles(plan.kv_offsets, second.kv_pieces, second) * k.shape[2] * batch
+    steps = (*_steps(q), *_steps(out), *_steps(do))
+    query_problem = _query_problem(q, k, plan)
+    key_problem = _KeyProblem(
+        *(getattr(plan, name).data_ptr() for name in _POINTERS["key"]),
+        num_q_blocks, plan.kv_offsets.numel() - 1, num_q_blocks * width, *_plan_steps(plan),
+        batch, heads, k.shape[2], k.shape[1],
+    )  # fmt: skip
     with torch.cuda.device_of(q):
-        launch(
-            first, _tiles(plan.q_offsets, first.q_pieces, first) * heads * batch,
-            tensor_map(k), tensor_map(v), tensor_map(do), _query_problem(q, k, plan), q, out, do, dq, lse, dlse,
-            row_values, _counter(q), *_steps(q), *_steps(out), *_steps(do), scale,
-        )  # fmt: skip
-        launch(
-            second, _tiles(plan.kv_offsets, second.kv_pieces, second) * k.shape[2] * batch,
-            tensor_map(q), tensor_map(do), tensor_map(k), tensor_map(v),
-            _KeyProblem(
-                plan.q_offsets.data_ptr(), plan.kv_offsets.data_ptr(), plan.q_starts.data_ptr(),
-                plan.q_indices.data_ptr(), num_q_blocks, plan.kv_offsets.numel() - 1, num_q_blocks * width,
-                *_plan_steps(plan), batch, heads, k.shape[2], k.shape[1],
-            ),
-            row_values, dk, dv, _counter(q), scale,
-        )  # fmt: skip
+        maps = (tensor_map(k), tensor_map(v), tensor_map(do))
+        rest = (q, out, do, dq, lse, dlse, row_values, _counter(q))
+        launch(first, q_items, *maps, query_problem, *rest, *steps, scale)
+        maps = (tensor_map(q), tensor_map(do), tensor_map(k), tensor_map(v))
+        launch(second, kv_items, *maps, key_problem, row_values, dk, dv, _counter(q), scale)
     return -dq if negative else dq, dk, dv
 
 
@@ -156,7 +135,6 @@ def _plan_steps(plan: PlanTensors) -> tuple[int, int]:
 def _query_problem(q: Tensor, k: Tensor, plan: PlanTensors) -> _QueryProblem:
     num_q_blocks, width = plan.kv_indices.shape[2:]
     return _QueryProblem(
-        plan.q_offsets.data_ptr(), plan.kv_offsets.data_ptr(), plan.kv_num_blocks.data_ptr(),
-        plan.kv_indices.data_ptr(), num_q_blocks, width, *_plan_steps(plan), q.shape[0], q.shape[2], k.shape[2],
-        q.shape[1],
+        *(getattr(plan, name).data_ptr() for name in _POINTERS["query"]),
+        num_q_blocks, width, *_plan_steps(plan), q.shape[0], q.shape[2], k.shape[2], q.shape[1],
     )  # fmt: skip

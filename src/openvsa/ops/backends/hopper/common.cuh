@@ -1,8 +1,8 @@
 // What the kernels share: barriers, tensor copies, matrix products of one warpgroup, and the ring of tiles between the
 // producer warp and the consumer warpgroups. Compiled by NVRTC, without any header.
 //
-// Set from outside: HEAD_DIM (64 or 128), HALF_FLOAT (1 for float16, 0 for bfloat16), CONSUMERS (warpgroups that
-// multiply), STAGES (tiles in flight), Q_PIECES and KV_PIECES (pieces of 64 tokens in the longest block), ROW_VALUES (1 if
+// Set from outside: HEAD_DIM (64 or 128), HALF_FLOAT (1 for float16, 0 for bfloat16), TEAMS (each with a producer warp and
+// work items of its own), CONSUMERS (warpgroups of a team, which share its tiles), STAGES (tiles in flight), Q_PIECES and KV_PIECES (pieces of 64 tokens in the longest block), ROW_VALUES (1 if
 // a slot also holds two numbers for each row), PRODUCER_REGISTERS, CONSUMER_REGISTERS, SHARED_BYTES.
 
 typedef unsigned int uint32;
@@ -14,7 +14,8 @@ constexpr int TILE = 64;  // rows of one warpgroup and columns of one step: what
 constexpr int HALVES = HEAD_DIM / 64;  // a row is kept in parts of 128 bytes, the width of the swizzle
 constexpr int PART_BYTES = TILE * 128;
 constexpr int TILE_BYTES = HALVES * PART_BYTES;
-constexpr int THREADS = 128 * (CONSUMERS + 1);
+constexpr int WARPGROUPS = TEAMS * CONSUMERS;  // that multiply
+constexpr int THREADS = 128 * (WARPGROUPS + 1);
 constexpr float LOG2_E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -92,8 +93,8 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-__device__ __forceinline__ void sync_warpgroup(int consumer) {
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
+__device__ __forceinline__ void sync_warpgroup() {
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
 }
 
 // Orders ordinary writes to shared memory before reads by wgmma and writes by tensor copies.
@@ -326,8 +327,8 @@ __device__ __forceinline__ void store_rows(half_bits* x, int64 stride, int lengt
 
 // A tile of a consumer's own, begun by its first thread once all its warps are done with the last one.
 __device__ __forceinline__ void load_own(void* tile, const TensorMap* map, uint64* barrier, int token, int head,
-                                         int batch, int consumer) {
-    sync_warpgroup(consumer);
+                                         int batch) {
+    sync_warpgroup();
     if ((threadIdx.x & 127) == 0) {
         barrier_expect(barrier, TILE_BYTES);
         copy_tile(tile, map, barrier, token, head, batch);
@@ -409,6 +410,21 @@ struct Lists {
         return true;
     }
 };
+
+// Which consumer of its team a warpgroup is, and which team; the same in all lanes, and known to be.
+struct Place {
+    int warpgroup, team, consumer;
+    __device__ __forceinline__ Place() {
+        warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+        team = warpgroup / CONSUMERS;
+        consumer = warpgroup % CONSUMERS;
+    }
+};
+
+// The team of a producer warp; TEAMS or more: the warp has nothing to do.
+__device__ __forceinline__ int producer_team() {
+    return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4 * WARPGROUPS;
+}
 
 // The number of the next work item, for a whole warp.
 __device__ __forceinline__ int take_item(int* next_item) {

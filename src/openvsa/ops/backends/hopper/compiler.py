@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,33 +25,42 @@ _SOURCES = {
     "dkv": ("common.cuh", "ring.cuh", "dkv.cu"),
 }
 _ENTRIES = {
-    "forward": "forward", "forward_wide": "forward_wide", "dq": "query_gradient", "dkv": "key_gradient"
-}  # fmt: skip
+    "forward": "forward",
+    "forward_wide": "forward_wide",
+    "dq": "query_gradient",
+    "dkv": "key_gradient",
+}
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Warpgroups that multiply, tiles in flight (a number for each ring), registers of a thread that loads, that multiplies.
+    """Teams, warpgroups of a team that multiply, tiles in flight, registers of a thread that loads, that multiplies.
 
     The tiles fill the shared memory of a multiprocessor, and the threads its 65,536 registers.
     """
 
+    teams: int
     consumers: int
     stages: dict[str, int]
     producer_registers: int = 40
     consumer_registers: int = 232
 
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the warpgroups that multiply, and one whose warps load."""
+        return 128 * (self.teams * self.consumers + 1)
+
 
 _SHAPES = {
-    ("forward", 64): _Shape(3, {"STAGES": 12}, producer_registers=56, consumer_registers=152),
-    ("forward", 128): _Shape(2, {"STAGES": 7}),
-    ("forward_wide", 64): _Shape(2, {"KEY_STAGES": 6, "VALUE_STAGES": 8}),
-    ("forward_wide", 128): _Shape(2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),
-    ("dq", 64): _Shape(2, {"STAGES": 12}),
-    ("dq", 128): _Shape(2, {"STAGES": 6}),
-    ("dkv", 64): _Shape(2, {"STAGES": 11}),
+    ("forward", 64): _Shape(1, 3, {"STAGES": 12}, producer_registers=56, consumer_registers=152),
+    ("forward", 128): _Shape(1, 2, {"STAGES": 7}),
+    ("forward_wide", 64): _Shape(1, 2, {"KEY_STAGES": 6, "VALUE_STAGES": 8}),
+    ("forward_wide", 128): _Shape(1, 2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),
+    ("dq", 64): _Shape(1, 2, {"STAGES": 12}),
+    ("dq", 128): _Shape(1, 2, {"STAGES": 6}),
+    ("dkv", 64): _Shape(1, 2, {"STAGES": 11}),
     # The two sums of a key tile are 128 registers: this one has none to spare.
-    ("dkv", 128): _Shape(2, {"STAGES": 5}, producer_registers=24, consumer_registers=240),
+    ("dkv", 128): _Shape(1, 2, {"STAGES": 5}, producer_registers=24, consumer_registers=240),
 }
 
 
@@ -80,7 +89,7 @@ class Variant:
 
     @property
     def consumers(self) -> int:
-        """Tiles of 64 rows that one block of threads works on at once."""
+        """Tiles of 64 rows in one work item."""
         return self.shape.consumers
 
     @property
@@ -91,6 +100,7 @@ class Variant:
             "HALF_FLOAT": int(self.half_float),
             "Q_PIECES": self.q_pieces,
             "KV_PIECES": self.kv_pieces,
+            "TEAMS": self.shape.teams,
             "CONSUMERS": self.shape.consumers,
             "PRODUCER_REGISTERS": self.shape.producer_registers,
             "CONSUMER_REGISTERS": self.shape.consumer_registers,
@@ -100,21 +110,27 @@ class Variant:
         }
 
 
-def compile_variant(variant: Variant) -> Any:
-    """The cubin of a variant, a `cuda.core.ObjectCode`. Needs no GPU."""
-    from cuda.core import Program, ProgramOptions
+def compile_variant(variant: Variant, log: IO[str] | None = None) -> Any:
+    """The machine code of a variant, a `cuda.core.ObjectCode`; what the compilers say goes to `log`. Needs no GPU."""
+    from cuda.core import Program, ProgramOptions  # pyright: ignore[reportAttributeAccessIssue]
 
-    source = "\n".join((files(__package__) / name).read_text() for name in _SOURCES[variant.kernel])
+    folder = files("openvsa.ops.backends.hopper")
+    source = "\n".join((folder / name).read_text() for name in _SOURCES[variant.kernel])
     macros = [(name, str(value)) for name, value in variant.macros.items()]
-    options = ProgramOptions(std="c++17", arch="sm_90a", define_macro=macros)
-    return Program(source, "c++", options).compile("cubin")
+    options = ProgramOptions(std="c++17", arch="sm_90a", define_macro=macros, ptxas_options="-v")
+    return Program(source, "c++", options).compile("cubin", logs=log)
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
+
+    return driver
 
 
 @cache
 def _function(variant: Variant, device: int) -> tuple[Any, Any]:
     """The loaded kernel, and the object that keeps it loaded."""
-    from cuda.bindings import driver
-
+    driver = _driver()
     code = compile_variant(variant)
     kernel = code.get_kernel(_ENTRIES[variant.kernel])
     shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -132,28 +148,16 @@ def launch(variant: Variant, items: int, *arguments: Any) -> None:
 
     Arguments in the order of the kernel: tensors (as pointers), ints (64 bits), floats, ctypes structures, tensor maps.
     """
-    from cuda.bindings import driver
-
     device = torch.cuda.current_device()
     function, _ = _function(variant, device)
+    blocks = min(items, _multiprocessors(device))
     values = [_as_argument(x) for x in arguments]
     pointers = (ctypes.c_void_p * len(values))(*(_address(x) for x in values))
-    threads = 128 * (variant.consumers + 1)
     stream = torch.cuda.current_stream().cuda_stream
     _check(
-        driver.cuLaunchKernel(
-            function,
-            min(items, _multiprocessors(device)),
-            1,
-            1,
-            threads,
-            1,
-            1,
-            SHARED_BYTES,
-            stream,
-            ctypes.addressof(pointers),
-            0,
-        )  # fmt: skip
+        _driver().cuLaunchKernel(
+            function, blocks, 1, 1, variant.shape.threads, 1, 1, SHARED_BYTES, stream, ctypes.addressof(pointers), 0
+        )
     )
 
 
@@ -171,8 +175,7 @@ def tensor_map(x: Tensor, parts: int = 0) -> Any:
 
 @lru_cache(maxsize=1024)  # encoding takes the host longer than a launch; the result depends on the arguments alone
 def _encode(pointer: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
-    from cuda.bindings import driver
-
+    driver = _driver()
     error, encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16, len(sizes), pointer,
         [driver.cuuint64_t(size) for size in sizes], [driver.cuuint64_t(stride) for stride in strides],

@@ -40,9 +40,9 @@ struct Rows {
 };
 
 struct Memory {
-    char own[CONSUMERS][2][TILE_BYTES];  // each consumer's keys and values
-    Ring ring;
-    uint64 own_full[CONSUMERS][2];
+    char own[WARPGROUPS][2][TILE_BYTES];  // each consumer's keys and values
+    Ring rings[TEAMS];
+    uint64 own_full[WARPGROUPS][2];
 };
 
 __device__ __forceinline__ void produce(Ring& ring, const Problem& problem, const TensorMap* q_map,
@@ -93,9 +93,10 @@ __device__ __forceinline__ void produce(Ring& ring, const Problem& problem, cons
 }
 
 __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, const TensorMap* k_map,
-                                        const TensorMap* v_map, half_bits* dk, half_bits* dv, float scale,
-                                        int consumer) {
-    Ring& ring = memory.ring;
+                                        const TensorMap* v_map, half_bits* dk, half_bits* dv, float scale) {
+    Place place;
+    int consumer = place.consumer;
+    Ring& ring = memory.rings[place.team];
     Lane lane;
     Position position;
     uint32 own_phase = 0;
@@ -103,14 +104,14 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
     next_slot<0>(ring, position, consumer, number, length);
     while (number >= 0) {
         int current = number;
-        char* k_tile = memory.own[consumer][0];
-        char* v_tile = memory.own[consumer][1];
+        char* k_tile = memory.own[place.warpgroup][0];
+        char* v_tile = memory.own[place.warpgroup][1];
         if (Item item(number, problem); Rows(item, consumer, problem).length > 0) {
             Rows rows(item, consumer, problem);
-            load_own(k_tile, k_map, &memory.own_full[consumer][0], rows.start, item.head, item.batch, consumer);
-            load_own(v_tile, v_map, &memory.own_full[consumer][1], rows.start, item.head, item.batch, consumer);
-            barrier_wait(&memory.own_full[consumer][0], own_phase);
-            barrier_wait(&memory.own_full[consumer][1], own_phase);
+            load_own(k_tile, k_map, &memory.own_full[place.warpgroup][0], rows.start, item.head, item.batch);
+            load_own(v_tile, v_map, &memory.own_full[place.warpgroup][1], rows.start, item.head, item.batch);
+            barrier_wait(&memory.own_full[place.warpgroup][0], own_phase);
+            barrier_wait(&memory.own_full[place.warpgroup][1], own_phase);
             own_phase ^= 1;
         }
         float dk_sum[HEAD_DIM / 2], dv_sum[HEAD_DIM / 2];
@@ -123,7 +124,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
         while (next != ITEM_ENDS) {
             int stage = next_slot<0>(ring, position, consumer, number, length);
             if (stage < 0) break;
-            clear_tails(ring, stage, length, consumer);
+            clear_tails(ring, stage, length);
             pin(s);
             wgmma_fence();
             multiply_over_head_dim(s, k_tile, ring.tiles[stage][0]);
@@ -172,7 +173,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 multiply_over_tokens(dk_sum, ds, ring.tiles[stage][0]);
                 wgmma_commit();
                 if (next < 0) break;
-                clear_tails(ring, next, length, consumer);
+                clear_tails(ring, next, length);
                 wgmma_fence();
                 multiply_over_head_dim(s, k_tile, ring.tiles[next][0]);
                 wgmma_commit();
@@ -209,15 +210,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  int* next_item, float scale) {
     Memory& memory = *reinterpret_cast<Memory*>(shared_memory);
     if (threadIdx.x == 0) {
-        for (int c = 0; c < CONSUMERS; ++c) for (int i = 0; i < 2; ++i) barrier_init(&memory.own_full[c][i], 1);
-        ring_init(memory.ring);
+        for (auto& pair : memory.own_full)
+            for (uint64& full : pair) barrier_init(&full, 1);
+        for (Ring& ring : memory.rings) ring_init(ring);
     }
     __syncthreads();
-    if (threadIdx.x >= 128 * CONSUMERS) {
+    if (threadIdx.x >= 128 * WARPGROUPS) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 128 * CONSUMERS + 32) produce(memory.ring, problem, &q_map, &grad_map, row_values, next_item);
+        int team = producer_team();
+        if (team < TEAMS)
+            produce(memory.rings[team], problem, &q_map, &grad_map, row_values, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        consume(memory, problem, &k_map, &v_map, dk, dv, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
+        consume(memory, problem, &k_map, &v_map, dk, dv, scale);
     }
 }

@@ -16,18 +16,20 @@ __device__ __forceinline__ void score_gradient(float (&s)[32], const float (&dp)
 }
 
 struct Memory {
-    char own[CONSUMERS][TILE_BYTES];  // each consumer's rows of the gradient of out
-    Ring ring;
-    uint64 own_full[CONSUMERS];
+    char own[WARPGROUPS][TILE_BYTES];  // each consumer's rows of the gradient of out
+    Ring rings[TEAMS];
+    uint64 own_full[WARPGROUPS];
 };
 
 __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, const TensorMap* grad_map, const half_bits* q, const half_bits* out,
                                         const half_bits* grad, half_bits* dq, const float* lse, const float* dlse,
                                         float* row_values, int64 q_batch, int64 q_row, int64 q_head, int64 out_batch,
                                         int64 out_row, int64 out_head, int64 grad_batch, int64 grad_row,
-                                        int64 grad_head, float scale, int consumer) {
-    Ring& ring = memory.ring;
-    const void* grad_tile = memory.own[consumer];
+                                        int64 grad_head, float scale) {
+    Place place;
+    int consumer = place.consumer;
+    Ring& ring = memory.rings[place.team];
+    const void* grad_tile = memory.own[place.warpgroup];
     Lane lane;
     Position position;
     uint32 own_phase = 0;
@@ -39,8 +41,8 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
         uint32 q_operand[HEAD_DIM / 4];
         float row_lse[2], delta[2];
         if (rows.length > 0) {
-            load_own(memory.own[consumer], grad_map, &memory.own_full[consumer], rows.start, item.head, item.batch,
-                     consumer);
+            load_own(memory.own[place.warpgroup], grad_map, &memory.own_full[place.warpgroup], rows.start, item.head,
+                     item.batch);
             uint32 grad_operand[HEAD_DIM / 4];
             load_operand(q_operand, out + item.batch * out_batch + item.head * out_head + rows.start * out_row, out_row,
                          rows.length, lane);
@@ -72,7 +74,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             }
             load_operand(q_operand, q + item.batch * q_batch + item.head * q_head + rows.start * q_row, q_row,
                          rows.length, lane);
-            barrier_wait(&memory.own_full[consumer], own_phase);
+            barrier_wait(&memory.own_full[place.warpgroup], own_phase);
             own_phase ^= 1;
         }
         float d[HEAD_DIM / 2];
@@ -85,7 +87,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
         while (next != ITEM_ENDS) {
             int stage = next_slot<0>(ring, position, consumer, number, length);
             if (stage < 0) break;
-            clear_tails(ring, stage, length, consumer);
+            clear_tails(ring, stage, length);
             pin(q_operand);
             wgmma_fence();
             multiply_over_head_dim(s, q_operand, ring.tiles[stage][0]);
@@ -98,7 +100,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             pack_operand(ds, s);
             next = next_slot<2>(ring, position, consumer, number, length);
             while (next >= 0) {
-                clear_tails(ring, next, length, consumer);
+                clear_tails(ring, next, length);
                 pin(s);
                 pin(dp);
                 pin(ds);
@@ -150,16 +152,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                    int64 out_head, int64 grad_batch, int64 grad_row, int64 grad_head, float scale) {
     Memory& memory = *reinterpret_cast<Memory*>(shared_memory);
     if (threadIdx.x == 0) {
-        for (int c = 0; c < CONSUMERS; ++c) barrier_init(&memory.own_full[c], 1);
-        ring_init(memory.ring);
+        for (uint64& full : memory.own_full) barrier_init(&full, 1);
+        for (Ring& ring : memory.rings) ring_init(ring);
     }
     __syncthreads();
-    if (threadIdx.x >= 128 * CONSUMERS) {
+    if (threadIdx.x >= 128 * WARPGROUPS) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 128 * CONSUMERS + 32) produce(memory.ring, problem, &k_map, &v_map, next_item);
+        int team = producer_team();
+        if (team < TEAMS) produce(memory.rings[team], problem, &k_map, &v_map, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         consume(memory, problem, &grad_map, q, out, grad, dq, lse, dlse, row_values, q_batch, q_row, q_head, out_batch,
-                out_row, out_head, grad_batch, grad_row, grad_head, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
+                out_row, out_head, grad_batch, grad_row, grad_head, scale);
     }
 }

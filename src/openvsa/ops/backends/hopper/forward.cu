@@ -35,7 +35,7 @@ __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, cons
         while (next != ITEM_ENDS) {
             int stage = next_slot<0>(ring, position, consumer, number, length);
             if (stage < 0) break;
-            clear_tails(ring, stage, length, consumer);
+            clear_tails(ring, stage, length);
             pin(q_operand);
             wgmma_fence();
             multiply_over_head_dim(s, q_operand, ring.tiles[stage][0]);
@@ -48,7 +48,7 @@ __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, cons
             pack_operand(p, s);
             next = next_slot<2>(ring, position, consumer, number, length);
             while (next >= 0) {
-                clear_tails(ring, next, length, consumer);
+                clear_tails(ring, next, length);
                 pin(s);
                 pin(p);
                 pin(o);
@@ -87,20 +87,27 @@ __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, cons
     }
 }
 
-static_assert(sizeof(Ring) <= SHARED_BYTES, "the tiles do not fit");
+struct Memory {
+    Ring rings[TEAMS];
+};
+
+static_assert(sizeof(Memory) <= SHARED_BYTES, "the tiles do not fit");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     forward(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
             const __grid_constant__ Problem problem, const half_bits* q, half_bits* out, float* lse, int* next_item,
             int64 q_batch, int64 q_row, int64 q_head, float scale) {
-    Ring& ring = *reinterpret_cast<Ring*>(shared_memory);
-    if (threadIdx.x == 0) ring_init(ring);
+    Memory& memory = *reinterpret_cast<Memory*>(shared_memory);
+    if (threadIdx.x == 0)
+        for (Ring& ring : memory.rings) ring_init(ring);
     __syncthreads();
-    if (threadIdx.x >= 128 * CONSUMERS) {
+    if (threadIdx.x >= 128 * WARPGROUPS) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 128 * CONSUMERS + 32) produce(ring, problem, &k_map, &v_map, next_item);
+        int team = producer_team();
+        if (team < TEAMS) produce(memory.rings[team], problem, &k_map, &v_map, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        consume(ring, problem, q, out, lse, q_batch, q_row, q_head, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
+        Place place;
+        consume(memory.rings[place.team], problem, q, out, lse, q_batch, q_row, q_head, scale, place.consumer);
     }
 }

@@ -1,7 +1,7 @@
 // Forward, query blocks of 65 to 128 tokens: out and lse. Two consumer warpgroups share a query block, and so a list, and
 // take 128 keys a step. The scores of the next pair of tiles, and this one's values, are multiplied while a softmax runs.
 
-static_assert(CONSUMERS == 2 && Q_PIECES == 2, "the consumers of a group share one query block");
+static_assert(TEAMS == 1 && CONSUMERS == 2 && Q_PIECES == 2, "the consumers of a group share one query block");
 
 constexpr int PAIR_PART_BYTES = 2 * PART_BYTES;
 
@@ -177,7 +177,7 @@ __device__ __forceinline__ void multiply_values(float (&o)[HEAD_DIM / 2], const 
 }
 
 // The values of a pair have come; rows beyond its tiles' lengths become zero.
-__device__ __forceinline__ void await_values(Memory& memory, const Pair& pair, int consumer) {
+__device__ __forceinline__ void await_values(Memory& memory, const Pair& pair) {
     barrier_wait(&memory.values_full[pair.values], pair.values_phase);
     if (pair.word.is_full()) return;
     for (int part = 0; part < HALVES; ++part) {
@@ -185,7 +185,7 @@ __device__ __forceinline__ void await_values(Memory& memory, const Pair& pair, i
         clear_rows(memory.values[pair.values][part], TILE + pair.word.second_length(), 2 * TILE);
     }
     fence_async_proxy();
-    sync_warpgroup(consumer);
+    sync_warpgroup();
 }
 
 __device__ __forceinline__ void hide_tails(float (&s)[64], PairWord word, Lane lane) {
@@ -236,7 +236,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             pack_operand(p, s);
             bool more = find(memory, position, number, next);
             while (more) {
-                await_values(memory, pair, consumer);
+                await_values(memory, pair);
                 pin(s);
                 pin(p);
                 pin(o);
@@ -263,7 +263,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 pair = next;
                 next = after;
             }
-            await_values(memory, pair, consumer);
+            await_values(memory, pair);
             pin(p);
             pin(o);
             wgmma_fence();
@@ -286,11 +286,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Memory& memory = *reinterpret_cast<Memory*>(shared_memory);
     if (threadIdx.x == 0) init(memory);
     __syncthreads();
-    if (threadIdx.x >= 128 * CONSUMERS) {
+    if (threadIdx.x >= 128 * WARPGROUPS) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 128 * CONSUMERS + 32) produce(memory, problem, &k_map, &v_map, next_item);
+        if (producer_team() == 0) produce(memory, problem, &k_map, &v_map, next_item);
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        consume(memory, problem, q, out, lse, q_batch, q_row, q_head, scale, __shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
+        consume(memory, problem, q, out, lse, q_batch, q_row, q_head, scale, Place().consumer);
     }
 }

@@ -1,7 +1,7 @@
 // The ring of tiles between the producer and the consumers of the two backward kernels: in each slot two tiles of the same
 // tokens, keys and values or queries and gradients.
 
-struct Ring {
+struct alignas(TEAMS > 1 ? 1024 : 16) Ring {
     char tiles[STAGES][2][TILE_BYTES];
 #if ROW_VALUES
     float rows[STAGES][2][TILE];  // lse and delta of the tile's tokens
@@ -58,13 +58,13 @@ __device__ __forceinline__ int next_slot(Ring& ring, Position& position, int con
 }
 
 // Both tiles of a slot, if they are short.
-__device__ __forceinline__ void clear_tails(Ring& ring, int stage, int length, int consumer) {
+__device__ __forceinline__ void clear_tails(Ring& ring, int stage, int length) {
     if (length == TILE) return;
     for (int tile = 0; tile < 2; ++tile)
         for (int part = 0; part < HALVES; ++part)
             clear_rows(ring.tiles[stage][tile] + part * PART_BYTES, length, TILE);
     fence_async_proxy();
-    sync_warpgroup(consumer);
+    sync_warpgroup();
 }
 
 // ---------------------------------------------------------------------------------------------- by the producer warp

@@ -1,0 +1,93 @@
+"""The Hopper kernels as far as a machine without a GPU goes: every variant compiles, without complaint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.resources import files
+from io import StringIO
+from typing import get_args
+
+import pytest
+import torch
+from cuda.core import Program, ProgramOptions
+
+from openvsa.errors import UnsupportedError
+from openvsa.ops import registry
+from openvsa.ops.backends.hopper import compiler
+from openvsa.ops.backends.hopper.compiler import Kernel, Variant
+from openvsa.ops.capability import Problem
+
+PROBLEM = Problem(
+    device_type="cuda", capability=(9, 0), dtype=torch.bfloat16, head_dim=128, head_dim_v=128, batch=1, num_heads=4,
+    num_kv_heads=2, q_tokens=1000, kv_tokens=1000, max_q_block=64, max_kv_block=64, uniform=False, needs_grad=True,
+    deterministic=True,
+)  # fmt: skip
+
+VARIANTS = [
+    Variant(kernel, head_dim, half_float, q_pieces, kv_pieces)
+    for kernel in get_args(Kernel)
+    for head_dim in (64, 128)
+    for half_float in (False, True)
+    for q_pieces in ((2,) if kernel == "forward_wide" else (1,) if kernel == "forward" else (1, 2))
+    for kv_pieces in (1, 2)
+]
+
+
+def reasons(problem: Problem) -> list[str]:
+    (backend,) = (b for b in registry.backends() if b.name == "hopper")
+    return backend.unsupported_reasons(problem)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_compiles_without_spills_or_waits_of_the_assembler(variant: Variant) -> None:
+    """The assembler says so when it puts a wait after every product, and then a kernel is slower by half."""
+    log = StringIO()
+    code = compiler.compile_variant(variant, log)
+    assert len(code.code) > 10_000
+    said = log.getvalue()
+    assert "bytes spill stores" in said
+    assert "warning" not in said
+    assert "Potential Performance Loss" not in said
+    assert " 0 bytes spill stores, 0 bytes spill loads" in said
+
+
+def test_a_fault_in_the_source_is_an_error() -> None:
+    source = (files("openvsa.ops.backends.hopper") / "common.cuh").read_text()
+    with pytest.raises(Exception, match="HEAD_DIM"):
+        Program(source, "c++", ProgramOptions(std="c++17", arch="sm_90a")).compile("cubin")
+
+
+def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reasons(PROBLEM) == []
+    assert reasons(replace(PROBLEM, head_dim=64, head_dim_v=64, max_q_block=128)) == []
+    for change, reason in (
+        ({"capability": (10, 0)}, "compute capability 9.0"),
+        ({"capability": (8, 0)}, "compute capability 9.0"),
+        ({"head_dim": 96, "head_dim_v": 96}, "head_dim 64 and 128, not 96"),
+        ({"dtype": torch.float32}, "not float32"),
+        ({"max_kv_block": 130}, "at most 128 tokens, not 130"),
+        ({"device_type": "cpu", "capability": None}, "not on cpu"),
+    ):
+        (found,) = reasons(replace(PROBLEM, **change))
+        assert reason in found
+    monkeypatch.setattr(registry, "_installed_version", lambda name: None if name == "cuda-core" else "1")
+    (found,) = reasons(PROBLEM)
+    assert found == "cuda-core not installed (pip install 'openvsa[hopper]')"
+    with pytest.raises(UnsupportedError, match=r"openvsa\[hopper\]"):
+        registry.choose(PROBLEM, "hopper")
+
+
+def test_it_comes_before_the_other_kernels() -> None:
+    names = [backend.name for backend in registry.backends()]
+    assert names.index("hopper") < names.index("fa4") < names.index("triton") < names.index("reference")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kernel", "pieces"),
+    [((64, 64), "forward", (1, 1)), ((30, 128), "forward", (1, 2)), ((65, 1), "forward_wide", (2, 1))],
+)
+def test_which_variant(lengths: tuple[int, int], kernel: str, pieces: tuple[int, int]) -> None:
+    empty = torch.empty(0, dtype=torch.int32)
+    plan = compiler.PlanTensors(empty, empty, empty, empty, None, None, *lengths)
+    variant = Variant.of("forward", torch.empty(1, 1, 1, 128, dtype=torch.float16), plan)
+    assert variant == Variant(kernel, 128, True, *pieces)  # pyright: ignore[reportArgumentType]
