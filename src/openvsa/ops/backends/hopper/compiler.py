@@ -52,15 +52,15 @@ class _Shape:
 
 
 _SHAPES = {
-    ("forward", 64): _Shape(1, 3, {"STAGES": 12}, producer_registers=56, consumer_registers=152),
-    ("forward", 128): _Shape(1, 2, {"STAGES": 7}),
+    ("forward", 64): _Shape(3, 1, {"STAGES": 4}, producer_registers=56, consumer_registers=152),
+    ("forward", 128): _Shape(2, 1, {"STAGES": 3}),
     ("forward_wide", 64): _Shape(1, 2, {"KEY_STAGES": 6, "VALUE_STAGES": 8}),
     ("forward_wide", 128): _Shape(1, 2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),
-    ("dq", 64): _Shape(1, 2, {"STAGES": 12}),
-    ("dq", 128): _Shape(1, 2, {"STAGES": 6}),
-    ("dkv", 64): _Shape(1, 2, {"STAGES": 11}),
+    ("dq", 64): _Shape(2, 1, {"STAGES": 6}),
+    ("dq", 128): _Shape(2, 1, {"STAGES": 3}),
+    ("dkv", 64): _Shape(2, 1, {"STAGES": 5}),
     # The two sums of a key tile are 128 registers: this one has none to spare.
-    ("dkv", 128): _Shape(1, 2, {"STAGES": 5}, producer_registers=24, consumer_registers=240),
+    ("dkv", 128): _Shape(2, 1, {"STAGES": 2}, producer_registers=24, consumer_registers=240),
 }
 
 
