@@ -213,7 +213,7 @@ class TileLayout:
         return _Reorder.apply(x, dim, there, back)
 
     def index_on(self, device: torch.device) -> Tensor:
-        """`permutation` on `device`; copied there once."""
+        """`permutation`, int64 [S], on `device`; copied there once."""
         return self._index(device, inverse=False)
 
     def _index(self, device: torch.device, *, inverse: bool) -> Tensor:
