@@ -1,7 +1,19 @@
 """Selectors: from queries and keys to a block plan under a budget."""
 
 from openvsa.select.base import Selector
+from openvsa.select.by_head import select_by_head
 from openvsa.select.pool import permute_pool, pool_mean, spread, unpermute_add
 from openvsa.select.pooled import PooledTopK, pooled_scores
+from openvsa.select.table import BudgetTable
 
-__all__ = ["PooledTopK", "Selector", "permute_pool", "pool_mean", "pooled_scores", "spread", "unpermute_add"]
+__all__ = [
+    "BudgetTable",
+    "PooledTopK",
+    "Selector",
+    "permute_pool",
+    "pool_mean",
+    "pooled_scores",
+    "select_by_head",
+    "spread",
+    "unpermute_add",
+]

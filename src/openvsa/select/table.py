@@ -1,0 +1,105 @@
+"""A table of densities, one for every head of every layer, and its file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from openvsa.errors import BudgetError
+
+__all__ = ["BudgetTable"]
+
+_FORMAT = "openvsa-budget"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BudgetTable:
+    """How a total density is spent on the layers and heads of a model.
+
+    Args:
+        density: mean of all entries, in (0, 1].
+        layers: name of a layer, as in a report of the model -> one density in (0, 1] for each of its heads.
+        tile: the tile it was measured with, along (T, H, W); None where any tile will do.
+
+    Raises:
+        BudgetError: there is no layer, a layer has no head, or a density is outside (0, 1].
+    """
+
+    density: float
+    layers: Mapping[str, tuple[float, ...]]
+    tile: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        layers = {name: tuple(float(share) for share in heads) for name, heads in self.layers.items()}
+        object.__setattr__(self, "layers", MappingProxyType(layers))
+        if not layers:
+            raise BudgetError("a budget table needs at least one layer, got none")
+        for name, heads in {"density": (self.density,), **layers}.items():
+            if not heads or not all(0 < share <= 1 for share in heads):
+                raise BudgetError(f"densities of a budget table must be in (0, 1], got {list(heads)} for {name!r}")
+
+    @property
+    def mean(self) -> float:
+        """The mean of all entries."""
+        return math.fsum(share for heads in self.layers.values() for share in heads) / sum(
+            map(len, self.layers.values())
+        )
+
+    def to_json(self) -> str:
+        """A JSON object with `format`, `version`, `density`, `tile` and `layers`."""
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "density": self.density,
+            "tile": None if self.tile is None else list(self.tile),
+            "layers": {name: list(heads) for name, heads in self.layers.items()},
+        }
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> BudgetTable:
+        """The inverse of `to_json`.
+
+        Raises:
+            BudgetError: the text is no budget table, or one of another version.
+        """
+        try:
+            content: Any = json.loads(text)
+            found, version = content["format"], content["version"]
+            if found != _FORMAT or version != _VERSION:
+                raise BudgetError(
+                    f"a budget table has format {_FORMAT!r} and version {_VERSION}, got {found!r} and {version}; "
+                    "write it again with `openvsa audit --budget`"
+                )
+            tile = content["tile"]
+            return cls(float(content["density"]), content["layers"], None if tile is None else tuple(map(int, tile)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, BudgetError):
+                raise
+            raise BudgetError(
+                f"this is no budget table ({error!r}); `openvsa audit --budget FILE` writes one"
+            ) from None
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the table as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> BudgetTable:
+        """Read a table that `save` or `openvsa audit --budget` wrote.
+
+        Raises:
+            BudgetError: the file cannot be read or is no budget table.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BudgetError(f"cannot read the budget table {str(path)!r}: {error}") from None
+        return cls.from_json(text)
