@@ -28,7 +28,7 @@ VARIANTS = [
     for kernel in get_args(Kernel)
     for head_dim in (64, 128)
     for half_float in (False, True)
-    for q_pieces in ((2,) if kernel == "forward_wide" else (1,) if kernel == "forward" else (1, 2))
+    for q_pieces in ((2,) if kernel.endswith("_wide") else (1, 2) if kernel == "dkv" else (1,))
     for kv_pieces in (1, 2)
 ]
 
@@ -80,6 +80,22 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_comes_before_the_other_kernels() -> None:
     names = [backend.name for backend in registry.backends()]
     assert names.index("hopper") < names.index("fa4") < names.index("triton") < names.index("reference")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "uniform", "best"), [(64, True, "triton"), (64, False, "hopper"), (128, True, "hopper")]
+)
+def test_when_auto_takes_it(head_dim: int, uniform: bool, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(PROBLEM, head_dim=head_dim, head_dim_v=head_dim, uniform=uniform)
+    backends = tuple(
+        replace(b, available=lambda device_type: []) if b.name == "triton" else b for b in registry.backends()
+    )
+    monkeypatch.setattr(registry, "_BACKENDS", backends)
+    monkeypatch.setattr(registry, "_triton_available", lambda device_type: [])
+    assert registry.choose(problem).name == best
+    assert registry.choose(problem, "hopper").name == "hopper"
+    monkeypatch.setattr(registry, "_triton_available", lambda device_type: ["not here"])
+    assert registry.choose(problem).name == "hopper"
 
 
 @pytest.mark.parametrize(

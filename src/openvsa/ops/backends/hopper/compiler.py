@@ -16,18 +16,20 @@ from openvsa.ops.plan_tensors import PlanTensors
 TILE = 64  # rows of one consumer warpgroup; as in common.cuh
 SHARED_BYTES = 227 * 1024  # what one block can have on sm_90
 
-Kernel = Literal["forward", "forward_wide", "dq", "dkv"]
+Kernel = Literal["forward", "forward_wide", "dq", "dq_wide", "dkv"]
 
 _SOURCES = {
     "forward": ("common.cuh", "queries.cuh", "softmax.cuh", "ring.cuh", "keys.cuh", "forward.cu"),
     "forward_wide": ("common.cuh", "queries.cuh", "softmax.cuh", "forward_wide.cu"),
     "dq": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
+    "dq_wide": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
     "dkv": ("common.cuh", "ring.cuh", "dkv.cu"),
 }
 _ENTRIES = {
     "forward": "forward",
     "forward_wide": "forward_wide",
     "dq": "query_gradient",
+    "dq_wide": "query_gradient",
     "dkv": "key_gradient",
 }
 
@@ -51,6 +53,9 @@ class _Shape:
         return 128 * (self.teams * self.consumers + 1)
 
 
+# By kernel and head_dim, measured on an H200 (see the kernel log). Where a query block is one tile of rows, teams of
+# one, each with its own tiles; where it is two, a team of two with one list. Neighbouring key blocks share the tiles of
+# their readers.
 _SHAPES = {
     ("forward", 64): _Shape(3, 1, {"STAGES": 4}, producer_registers=56, consumer_registers=152),
     ("forward", 128): _Shape(2, 1, {"STAGES": 3}),
@@ -58,9 +63,11 @@ _SHAPES = {
     ("forward_wide", 128): _Shape(1, 2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),
     ("dq", 64): _Shape(2, 1, {"STAGES": 6}),
     ("dq", 128): _Shape(2, 1, {"STAGES": 3}),
-    ("dkv", 64): _Shape(2, 1, {"STAGES": 5}),
+    ("dq_wide", 64): _Shape(1, 2, {"STAGES": 12}),
+    ("dq_wide", 128): _Shape(1, 2, {"STAGES": 6}),
+    ("dkv", 64): _Shape(1, 2, {"STAGES": 11}),
     # The two sums of a key tile are 128 registers: this one has none to spare.
-    ("dkv", 128): _Shape(2, 1, {"STAGES": 2}, producer_registers=24, consumer_registers=240),
+    ("dkv", 128): _Shape(1, 2, {"STAGES": 5}, producer_registers=24, consumer_registers=240),
 }
 
 
@@ -75,12 +82,11 @@ class Variant:
     kv_pieces: int
 
     @classmethod
-    def of(cls, kernel: Kernel, q: Tensor, plan: PlanTensors) -> Variant:
+    def of(cls, kernel: Literal["forward", "dq", "dkv"], q: Tensor, plan: PlanTensors) -> Variant:
         """The variant for q [B, S, H, D] and a plan."""
         q_pieces, kv_pieces = (max(1, -(-length // TILE)) for length in (plan.max_q_block, plan.max_kv_block))
-        if kernel == "forward" and q_pieces == 2:
-            kernel = "forward_wide"
-        return cls(kernel, q.shape[-1], q.dtype == torch.float16, q_pieces, kv_pieces)
+        wide: dict[str, Kernel] = {"forward": "forward_wide", "dq": "dq_wide"} if q_pieces == 2 else {}
+        return cls(wide.get(kernel, kernel), q.shape[-1], q.dtype == torch.float16, q_pieces, kv_pieces)
 
     @property
     def shape(self) -> _Shape:
