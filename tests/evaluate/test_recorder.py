@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openvsa.errors import OpenVSAError, ShapeError
-from openvsa.evaluate.recorder import AttentionRecorder, pack_bits
+from openvsa.evaluate.recorder import AttentionRecorder, evenly, pack_bits
 from openvsa.layout import TileLayout
 
 RAGGED = TileLayout(grid=(3, 5, 7), tile=(2, 2, 4), prefix=9, suffix=3)
@@ -88,6 +88,30 @@ def test_steps_are_counted_by_timestep_and_chosen(make_events: MakeEvents) -> No
         again(event)
     for key, call in again.record().calls.items():
         assert torch.equal(call.probability, record.calls[key].probability)
+
+
+@pytest.mark.parametrize(("shared", "grouped"), [(False, False), (True, True)], ids=["own", "shared"])
+def test_a_large_model_is_recorded_in_part(make_events: MakeEvents, shared: bool, grouped: bool) -> None:
+    whole, part = AttentionRecorder([0]), AttentionRecorder([0], layers=[2], max_heads=2)
+    for event in make_events(RAGGED, heads=4, layers=3, steps=2, density=0.3):
+        plan = event.plan
+        if shared:
+            plan = type(plan).from_block_mask(plan.block_mask()[:, :1], RAGGED.blocks, RAGGED.blocks)
+        event = replace(event, plan=plan, k=event.k[:, :, ::2] if grouped else event.k)
+        whole(event)
+        part(event)
+    record = part.record()
+    assert (record.heads, record.num_heads, list(record.calls), record.left_out) == ((0, 2), 2, [(0, 2)], 0)
+    for stored in ("kept", "probability", "recall"):
+        assert torch.equal(getattr(record.calls[0, 2], stored), getattr(whole.record().calls[0, 2], stored)[[0, 2]]), (
+            stored
+        )
+
+
+def test_heads_are_chosen_evenly() -> None:
+    assert evenly(40, 4) == (0, 10, 20, 30)
+    assert evenly(3, 8) == evenly(3, None) == (0, 1, 2)
+    assert evenly(7, 0) == (0,)
 
 
 def test_the_record_is_bounded_and_says_what_it_left_out(make_events: MakeEvents) -> None:

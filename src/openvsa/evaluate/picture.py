@@ -29,7 +29,7 @@ def picture_data(record: AttentionRecord, clip: Tensor) -> dict[str, Any]:
         "width": clip.shape[2],
         "height": clip.shape[1],
         "numBlocks": record.layout.num_blocks,
-        "numHeads": record.num_heads,
+        "heads": list(record.heads),
         "probabilityBits": PROBABILITY_BITS,
         "steps": [{"step": step, "timestep": timestep} for step, timestep in record.steps.items()],
         "layers": [{"layer": layer, "name": name} for layer, name in record.layers.items()],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from openvsa.integrations.report import AttentionEvent
 from openvsa.layout import TileLayout
 from openvsa.select.pool import pool_mean
 
-__all__ = ["AttentionRecord", "AttentionRecorder", "TileAttention", "pack_bits", "tile_attention"]
+__all__ = ["AttentionRecord", "AttentionRecorder", "TileAttention", "evenly", "pack_bits", "tile_attention"]
 
 PROBABILITY_BITS = 16
 """Probabilities below 2^-16 are stored as 0."""
@@ -41,16 +41,22 @@ class TileAttention:
 class AttentionRecord:
     """What a recorder saw.
 
-    steps: denoising step -> timestep. layers: layer -> name. calls: (step, layer) -> its tiles.
-    left_out: calls of the chosen steps that were not stored because the record was full.
+    heads: the heads that are stored, by their numbers in the model. steps: denoising step -> timestep. layers: layer ->
+    name. calls: (step, layer) -> its tiles. left_out: calls of the chosen steps and layers that were not stored because
+    the record was full.
     """
 
     layout: TileLayout
-    num_heads: int
+    heads: tuple[int, ...]
     steps: dict[int, float]
     layers: dict[int, str]
     calls: dict[tuple[int, int], TileAttention]
     left_out: int
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads are stored."""
+        return len(self.heads)
 
     def mean_recall(self, layer: int) -> float:
         """Recall of the pooled attention of one layer, mean over the recorded steps, heads and query blocks."""
@@ -63,15 +69,25 @@ class AttentionRecorder:
 
     A denoising step begins whenever the timestep changes; steps count from 0. Within a step the first call of a layer
     is stored (a pipeline with guidance calls each layer more than once). The record holds at most `max_bytes`; calls
-    beyond that are counted, not stored.
+    beyond that are counted, not stored. A large model is recorded in part: `layers` are the layers to store, None all
+    of them, and `max_heads` is how many heads of each, evenly chosen.
     """
 
-    def __init__(self, steps: Collection[int], *, max_bytes: int = 3 << 20):
+    def __init__(
+        self,
+        steps: Collection[int],
+        *,
+        layers: Collection[int] | None = None,
+        max_heads: int | None = None,
+        max_bytes: int = 3 << 20,
+    ):
         self._chosen = frozenset(steps)
+        self._chosen_layers = None if layers is None else frozenset(layers)
+        self._max_heads = max_heads
         self._max_bytes = max_bytes
         self._step, self._timestep = -1, None
         self._layout: TileLayout | None = None
-        self._num_heads = 0
+        self._heads: tuple[int, ...] = ()
         self._steps: dict[int, float] = {}
         self._layers: dict[int, str] = {}
         self._calls: dict[tuple[int, int], TileAttention] = {}
@@ -89,11 +105,13 @@ class AttentionRecorder:
         key = (self._step, event.layer)
         if self._step not in self._chosen or key in self._calls:
             return
+        if self._chosen_layers is not None and event.layer not in self._chosen_layers:
+            return
         if self._layout is None:
-            self._layout, self._num_heads = event.layout, event.q.shape[2]
+            self._layout, self._heads = event.layout, evenly(event.q.shape[2], self._max_heads)
         elif event.layout != self._layout:
             raise ShapeError(f"one record holds one lattice, got {event.layout} after {self._layout}")
-        call = tile_attention(event)
+        call = tile_attention(event, self._heads)
         if call.num_bytes > self._max_bytes:
             raise OpenVSAError(
                 f"attention of {call.kept.shape[0]} heads between {call.kept.shape[1]} blocks takes {call.num_bytes} "
@@ -112,21 +130,32 @@ class AttentionRecorder:
         if self._layout is None or not self._calls:
             return None
         return AttentionRecord(
-            self._layout, self._num_heads, self._steps, dict(sorted(self._layers.items())), self._calls, self._left_out
+            self._layout, self._heads, self._steps, dict(sorted(self._layers.items())), self._calls, self._left_out
         )
 
 
+def evenly(count: int, at_most: int | None) -> tuple[int, ...]:
+    """At most so many of 0 ... count - 1, evenly spread, the first among them; all of them for None."""
+    chosen = count if at_most is None else max(1, min(at_most, count))
+    return tuple(index * count // chosen for index in range(chosen))
+
+
 @torch.no_grad()
-def tile_attention(event: AttentionEvent) -> TileAttention:
+def tile_attention(event: AttentionEvent, heads: Sequence[int] | None = None) -> TileAttention:
     """The kept tiles of an attention call and the softmax of its mean-pooled queries and keys (reference: VSA paper,
-    arXiv 2505.13389, coarse stage), quantised. Dense attention (plan None) keeps every tile."""
-    q, k = (pool_mean(x[:1], event.layout.blocks)[0].transpose(0, 1) for x in (event.q, event.k))
-    k = k.repeat_interleave(q.shape[0] // k.shape[0], 0)
+    arXiv 2505.13389, coarse stage), quantised, of the given heads or of all. Dense attention (plan None) keeps every
+    tile."""
+    heads = range(event.q.shape[2]) if heads is None else heads
+    group = event.q.shape[2] // event.k.shape[2]
+    at = torch.tensor(list(heads), device=event.q.device)
+    q = pool_mean(event.q[:1, :, at], event.layout.blocks)[0].transpose(0, 1)
+    k = pool_mean(event.k[:1, :, at // group], event.layout.blocks)[0].transpose(0, 1)
     probability = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
     if event.plan is None:
         kept = torch.ones_like(probability, dtype=torch.bool)
     else:
-        kept = event.plan.block_mask()[0].expand_as(probability)
+        kept = event.plan.block_mask()[0]
+        kept = kept[at] if len(kept) > 1 else kept.expand_as(probability)
     recall = (probability * kept).sum(-1)
     quantised = (255 * (1 + probability.log2() / PROBABILITY_BITS)).clamp(0, 255)
     return TileAttention(

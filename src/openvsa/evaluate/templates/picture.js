@@ -3,7 +3,8 @@
 (() => {
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("picture-data").textContent);
-  const { panels, numBlocks, numHeads } = data;
+  const { panels, numBlocks } = data;
+  const numHeads = data.heads.length;
   const rowBytes = Math.ceil(numBlocks / 8);
   const svg = (name, attributes, parent) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -208,8 +209,8 @@
     ({ value: step, label: String(step + 1), hint: `timestep ${Math.round(timestep)}` })));
   chips("layers", "layer", data.layers.map(({ layer, name }) => ({ value: layer, label: String(layer), hint: name })));
   chips("heads", "head", [
-    ...Array.from({ length: numHeads }, (_, head) => ({ value: head, label: String(head), hint: `head ${head}` })),
-    { value: "mean", label: "mean", hint: "mean of all heads" },
+    ...data.heads.map((name, head) => ({ value: head, label: String(name), hint: `head ${name}` })),
+    { value: "mean", label: "mean", hint: "mean of these heads" },
   ]);
   settle();
   choose(state.tile);
