@@ -115,6 +115,22 @@ def bench(
 
 @app.command()
 @plain_errors()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Safetensors file, or folder of a Wan transformer.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="What to write; must not exist.")],
+    to: Annotated[str, typer.Option(help="Names to write: diffusers or fastvideo.")] = "diffusers",
+    branch: Annotated[
+        str, typer.Option(help="Branch weights: keep them, zero to add zero ones to a dense model, or drop them.")
+    ] = "keep",
+) -> None:
+    """Convert a Wan checkpoint between FastVideo's and Diffusers' names, and between dense and VSA."""
+    from openvsa.cli.convert import run_convert
+
+    run_convert(source, target, to, branch)
+
+
+@app.command()
+@plain_errors()
 def doctor(
     head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 128,
     block: Annotated[str, typer.Option(help="Tokens of a block: 64, or 128x64 for query blocks of 128.")] = "64",
