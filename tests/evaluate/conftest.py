@@ -41,12 +41,12 @@ def events(layout: TileLayout, *, heads: int, layers: int, steps: int, density: 
         for layer in range(layers):
             sharpness = torch.tensor([(1 + head + layer + step) * 3.0 for head in range(heads)])[:, None]
             q = waves * sharpness
-            k = waves.expand_as(q) + 0.1
+            k = v = waves.expand_as(q) + 0.1
             pooled = [pool_mean(x, layout.blocks).transpose(1, 2) for x in (q, k)]
             scores = pooled[0] @ pooled[1].transpose(2, 3)
             plan = BlockPlan.from_scores(scores, Budget(keep_ratio=density), layout.blocks, layout.blocks)
             timestep = 1000 - 900 * step / steps
-            yield AttentionEvent(layer, f"blocks.{layer}.attn1", timestep, layout, plan, q, k, seconds=0.1)
+            yield AttentionEvent(layer, f"blocks.{layer}.attn1", timestep, layout, plan, q, k, v, seconds=0.1)
 
 
 @pytest.fixture(scope="session")

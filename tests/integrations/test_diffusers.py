@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -179,16 +181,22 @@ def test_mistakes_are_named(model: WanTransformer3DModel) -> None:
         openvsa.sparsify(model, density=0.5)
 
 
-def test_a_foreign_processor_is_not_lost(model: WanTransformer3DModel) -> None:
-    dense = run(model)
-
+def test_a_foreign_processor_is_wrapped_and_given_back(model: WanTransformer3DModel) -> None:
     class Foreign(type(model.blocks[1].attn1.processor)):
-        pass
+        ran = 0
 
-    model.blocks[1].attn1.set_processor(Foreign())
-    with pytest.raises(openvsa.UnsupportedError, match=r"blocks\.1\.attn1 has the processor Foreign"):
-        openvsa.sparsify(model, density=0.5)
-    assert torch.equal(run(model), dense)
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            Foreign.ran += 1
+            return super().__call__(*args, **kwargs)
+
+    foreign = Foreign()
+    model.blocks[1].attn1.set_processor(foreign)
+    dense = run(model)
+    handle = openvsa.sparsify(model, density=0.2)
+    assert not torch.equal(run(model), dense)
+    assert Foreign.ran == 2
+    handle.detach()
+    assert model.blocks[1].attn1.processor is foreign
 
 
 def test_attention_outside_a_forward_is_refused(model: WanTransformer3DModel) -> None:

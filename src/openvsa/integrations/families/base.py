@@ -1,0 +1,120 @@
+"""What the integration asks of a model family: where its video self-attention is, and what one forward is about."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from openvsa.errors import ShapeError
+
+__all__ = ["Family", "Hoist", "Sequence", "argument"]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The tokens that the video self-attention of one forward runs over: prefix, lattice in raster order, suffix.
+
+    Args:
+        grid: tokens of the lattice along (T, H, W), or (H, W) for an image.
+        prefix, suffix: text or conditioning tokens before and after the lattice. They read and are read by everything.
+        text_lengths: where the suffix is text padded to one length, the valid tokens of each sample, which come
+            first; the rest is not attended, and its own rows are 0. None means that all tokens are valid.
+        per_sample: the processor calls attention once for each sample, in order, with that sample's valid text alone.
+
+    Raises:
+        ShapeError: a number is out of range.
+    """
+
+    grid: tuple[int, ...]
+    prefix: int = 0
+    suffix: int = 0
+    text_lengths: tuple[int, ...] | None = None
+    per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.grid or min(self.grid) < 1 or self.prefix < 0 or self.suffix < 0:
+            raise ShapeError(
+                f"a sequence needs a grid of positive numbers and prefix, suffix >= 0, got grid={self.grid}, "
+                f"prefix={self.prefix}, suffix={self.suffix}"
+            )
+        if self.text_lengths is not None and not all(0 <= n <= self.suffix for n in self.text_lengths):
+            raise ShapeError(f"text_lengths must be within the {self.suffix} suffix tokens, got {self.text_lengths}")
+        if self.per_sample and self.text_lengths is None:
+            raise ShapeError("a sequence with one call per sample needs text_lengths, got None")
+
+
+@dataclass(frozen=True)
+class Hoist:
+    """Where tokens enter and leave a transformer, so that they can be put in block order once for all layers.
+
+    Args:
+        entries: (module, first axis, last axis): the lattice is at these axes of the module's output (of each tensor
+            of it, if it is a tuple); one axis if the lattice is flat already.
+        exit: (module, axis): the module behind the last layer, whose output goes back to raster order.
+        arguments: names of forward arguments that hold one number a token, as tensors [B, S]; others are left alone.
+    """
+
+    entries: tuple[tuple[nn.Module, int, int], ...]
+    exit: tuple[nn.Module, int]
+    arguments: tuple[str, ...] = ()
+
+
+class Family(ABC):
+    """One family of transformers. Stateless; the methods are called with the forward's arguments.
+
+    The core calls them with args=() and all arguments by name in kwargs; use `argument` where a name may be absent.
+    """
+
+    name: str
+    transformers: tuple[str, ...]
+    """Names of the Diffusers classes; their subclasses are served too."""
+
+    @abstractmethod
+    def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
+        """(qualified name, module) of every video self-attention, in order of execution. A module has `processor`."""
+
+    @abstractmethod
+    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+        """What the self-attention of this forward runs over, from its arguments alone.
+
+        Raises:
+            UnsupportedError: this use of the model cannot be sparse.
+        """
+
+    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The noise level: any numbers that fall from step to step and rise when a new generation begins."""
+        return kwargs.get("timestep")
+
+    def condition(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The tensor whose identity tells the branches of guidance apart when they run one after the other."""
+        return kwargs.get("encoder_hidden_states")
+
+    def hoist(self, transformer: Any) -> Hoist | None:
+        """Where to permute once for all layers, or None where something between the layers needs raster order."""
+        return None
+
+    def without_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a processor that has made no attention call was right not to; kwargs are the processor's own."""
+        return False
+
+
+def argument(module: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], default: Any = None) -> Any:
+    """An argument of the forward of `module` by its name, however it was passed."""
+    return by_name(type(module), args, kwargs).get(name, default)
+
+
+def by_name(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of `kind.forward` that were given, by name."""
+    return {**dict(zip(forward_names(kind), args, strict=False)), **kwargs}
+
+
+@cache
+def forward_names(kind: type) -> tuple[str, ...]:
+    """Names of the parameters of `kind.forward` after self. Decorated forwards are looked through."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore[reportFunctionMemberAccess]

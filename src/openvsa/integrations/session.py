@@ -1,0 +1,462 @@
+"""What one handle holds of a model: its settings, what the current forward is about, and what has been done."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from openvsa.config import Budget
+from openvsa.errors import BudgetError, ShapeError, UnsupportedError
+from openvsa.integrations.config import SparsityConfig
+from openvsa.integrations.families import Family, Hoist, Sequence
+from openvsa.integrations.families.base import by_name
+from openvsa.integrations.intercept import SparseProcessor
+from openvsa.integrations.report import AttentionCallback, AttentionEvent
+from openvsa.integrations.steps import Branches, StepClock
+from openvsa.integrations.tally import Tally
+from openvsa.layout import TileLayout
+from openvsa.ops import block_sparse_attention
+from openvsa.plan import BlockPlan
+from openvsa.select import select_by_head
+
+__all__ = ["Branch", "Forward", "Kept", "Session", "Site"]
+
+_LAYOUTS = 64  # kept at a time: a layout of 100,000 tokens has index tensors of some megabytes
+
+
+class Branch(Protocol):
+    """A compressed branch beside the sparse one, for models that were trained with it."""
+
+    def weight(self, attn: nn.Module, hidden_states: Tensor) -> Tensor:
+        """The branch weight [B, S, H, D], in the token order of hidden_states [B, S, C]."""
+        ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, layout: TileLayout, *, scale: float | None, backend: str
+    ) -> tuple[Tensor, BlockPlan]:
+        """Both branches together: [B, S, H, D] and the plan of the sparse one. All tensors are in block order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples whose valid text has one length. `rows` are their places in the batch; None means all of it."""
+
+    layout: TileLayout
+    rows: Tensor | None = None
+
+    def samples(self, x: Tensor) -> Tensor:
+        """Their valid tokens: x [B, S, ...] to [B', S', ...]."""
+        return (x if self.rows is None else x.index_select(0, self.rows))[:, : self.layout.num_tokens]
+
+
+@dataclass
+class Forward:
+    """What the current forward is about."""
+
+    sequence: Sequence
+    parts: tuple[Part, ...]
+    timestep: Tensor | None
+    hoisted: bool
+    checked_mask: bool = False
+
+
+@dataclass
+class Kept:
+    """The plans of one layer and one branch of guidance, by part, that serve more than one step."""
+
+    plans: dict[int, BlockPlan] = field(default_factory=dict)
+
+
+@dataclass
+class _Reuse:
+    """The plans of one branch of guidance: made in `step`, for sequences like `about`."""
+
+    step: int
+    about: tuple[Any, ...]
+    layers: dict[int, Kept]
+
+
+@dataclass
+class Session:
+    """Settings None: the model is only watched, and stays dense."""
+
+    config: SparsityConfig | None
+    tile: tuple[int, ...] | None
+    measure: bool
+    branch: Branch | None = None
+    scheduler: Any = None
+    callbacks: list[AttentionCallback] = field(default_factory=list)
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    forward: Forward | None = None
+    clock: StepClock = field(default_factory=StepClock)
+    branches: Branches = field(default_factory=Branches)
+    _layouts: OrderedDict[tuple[Any, ...], TileLayout] = field(default_factory=OrderedDict)
+
+    def watches(self) -> bool:
+        """Whether calls are measured or shown to anyone. Never inside torch.compile."""
+        return not torch.compiler.is_compiling() and (self.measure or bool(self.callbacks))
+
+    def layout(self, sequence: Sequence, suffix: int, device: torch.device) -> TileLayout:
+        """The layout of a sequence with so many of its suffix tokens."""
+        tile = self.tile if self.config is None else self.config.tile
+        key = (sequence.grid, sequence.prefix, suffix, tile, device)
+        if key not in self._layouts:
+            if tile is None:
+                layout = TileLayout.fit(sequence.grid, prefix=sequence.prefix, suffix=suffix)
+            else:
+                layout = TileLayout(sequence.grid, tile, sequence.prefix, suffix)
+            self._layouts[key] = layout.on(device)
+            while len(self._layouts) > _LAYOUTS:
+                self._layouts.popitem(last=False)
+        return self._layouts[key]
+
+    def attend(
+        self,
+        processor: SparseProcessor,
+        attn: nn.Module,
+        hidden_states: Tensor | None,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """scaled_dot_product_attention [B, H, S, D] number `index` of a processor, sparse or watched."""
+        forward = self.forward
+        assert forward is not None
+
+        def dense() -> Tensor:
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                enable_gqa=enable_gqa,
+            )  # fmt: skip
+
+        parts = self._parts_of_call(processor, forward, index, query)
+        budget = processor.budget
+        if budget is not None:
+            reason = self._why_not(forward, query, attn_mask, dropout_p, is_causal)
+            if reason:
+                processor.refuse(f"{processor.name}: {reason}")
+                budget = None
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if torch.is_autocast_enabled(q.device.type):
+            # As scaled_dot_product_attention does, which norms in fp32 rely on.
+            dtype = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+        weight = None
+        if budget is not None and self.branch is not None:
+            assert hidden_states is not None
+            weight = self.branch.weight(attn, hidden_states)
+        watching = self.watches()
+        if budget is None:
+            if not watching:
+                return dense()
+            clock = _Clock(query)
+            out = dense()
+            clock.stop()
+            tally = self._tally(processor, parts[0].layout)
+            tally.count_dense()
+            tally.time(clock)
+            if self.callbacks and attn_mask is None:
+                order = (lambda x: x) if forward.hoisted else parts[0].layout.permute
+                self._tell(processor, parts[0].layout, None, order(q), order(k), order(v), clock)
+            return out
+
+        outs = []
+        for number, one in enumerate(parts):
+            place = index if forward.sequence.per_sample else number
+            mine_q, mine_k, mine_v = (one.samples(x) for x in (q, k, v))
+            mine_weight = None if weight is None else one.samples(weight)
+            clock = _Clock(query) if watching else None
+            out, plan, blocks = self._sparse(
+                processor, one.layout, budget, place, mine_q, mine_k, mine_v, mine_weight, scale
+            )
+            if clock is not None:
+                clock.stop()
+                tally = self._tally(processor, one.layout)
+                tally.count(plan, budget)
+                tally.time(clock)
+                if self.callbacks:
+                    self._tell(processor, one.layout, plan, *blocks, clock=clock)
+            # Rows of padded text: nobody reads them.
+            outs.append(functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
+        if len(outs) == 1:
+            return outs[0].transpose(1, 2)
+        rows = torch.cat([one.rows for one in parts if one.rows is not None])
+        return torch.cat(outs).index_select(0, rows.argsort()).transpose(1, 2)
+
+    def _sparse(
+        self,
+        processor: SparseProcessor,
+        layout: TileLayout,
+        budget: Budget | tuple[Budget, ...],
+        place: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight: Tensor | None,
+        scale: float | None,
+    ) -> tuple[Tensor, BlockPlan, tuple[Tensor, Tensor, Tensor]]:
+        """out [B, S, H, D] in the order of the call; the plan; and q, k, v in block order."""
+        config, forward = self.config, self.forward
+        assert config is not None
+        assert forward is not None
+        if not forward.hoisted:
+            q, k, v = layout.permute(q), layout.permute(k), layout.permute(v)
+            weight = None if weight is None else layout.permute(weight)
+        if weight is not None:
+            assert self.branch is not None
+            out, plan = self.branch.attend(q, k, v, weight, layout, scale=scale, backend=config.backend)
+        else:
+            kept = processor.kept
+            plan = None if kept is None else kept.plans.get(place)
+            if plan is None:
+                if not isinstance(budget, tuple):
+                    plan = config.selector(q, k, layout, budget)
+                elif len(budget) != q.shape[2]:
+                    raise BudgetError(
+                        f"{processor.name} has {q.shape[2]} heads, but the settings have {len(budget)} densities for it"
+                    )
+                else:
+                    plan = select_by_head(config.selector, q, k, layout, budget)
+                if kept is not None:
+                    kept.plans[place] = plan
+            out = block_sparse_attention(q, k, v, plan, scale=scale, backend=config.backend)
+        if not forward.hoisted:
+            out = layout.unpermute(out)
+        return out, plan, (q, k, v)
+
+    def _parts_of_call(
+        self, processor: SparseProcessor, forward: Forward, index: int, query: Tensor
+    ) -> tuple[Part, ...]:
+        sequence, tokens = forward.sequence, query.shape[2]
+        if sequence.per_sample:
+            if index >= len(forward.parts) or query.shape[0] != 1:
+                raise ShapeError(
+                    f"{processor.name} should call attention once for each of {len(forward.parts)} samples, got call "
+                    f"{index + 1} with a batch of {query.shape[0]}"
+                )
+            forward.parts[index].layout.check(f"the self-attention of {processor.name}", tokens)
+            return (forward.parts[index],)
+        expected = sequence.prefix + math.prod(sequence.grid) + sequence.suffix
+        if tokens != expected:
+            raise ShapeError(
+                f"the self-attention of {processor.name} has {tokens} tokens, but this forward has {expected}: "
+                f"{sequence.prefix} prefix, a lattice of {sequence.grid}, {sequence.suffix} suffix"
+            )
+        if sequence.text_lengths is not None and len(sequence.text_lengths) != query.shape[0]:
+            raise ShapeError(
+                f"{processor.name} has a batch of {query.shape[0]}, but text lengths of {len(sequence.text_lengths)} "
+                "samples were given"
+            )
+        return forward.parts
+
+    def _why_not(
+        self, forward: Forward, query: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
+    ) -> str | None:
+        if is_causal or dropout_p:
+            return f"causal attention and dropout cannot be sparse here (is_causal={is_causal}, dropout_p={dropout_p})"
+        if attn_mask is None:
+            return None
+        lengths, tokens = forward.sequence.text_lengths, query.shape[2]
+        if lengths is None or attn_mask.dtype != torch.bool or attn_mask.dim() != 4 or attn_mask.shape[-1] != tokens:
+            return (
+                f"it got an attention mask ({attn_mask.dtype}, {tuple(attn_mask.shape)}); only boolean masks of padded "
+                "text can be honoured by sparse attention"
+            )
+        if not forward.checked_mask and not torch.compiler.is_compiling():
+            forward.checked_mask = True  # the same in every layer, and a look at it waits for the device
+            video = tokens - forward.sequence.suffix
+            valid = torch.tensor(lengths, device=attn_mask.device)[:, None] + video
+            expected = torch.arange(tokens, device=attn_mask.device) < valid
+            found = attn_mask[:, 0, 0].expand(len(lengths), -1)
+            if not torch.equal(found, expected):
+                return f"its attention mask is not that of padded text with {lengths} valid tokens"
+        return None
+
+    def count_unseen(self, processor: SparseProcessor) -> None:
+        """Take note of a dense call that did not go through scaled_dot_product_attention."""
+        if self.watches() and self.forward is not None:
+            self._tally(processor, self.forward.parts[0].layout).count_dense()
+
+    def _tally(self, processor: SparseProcessor, layout: TileLayout) -> Tally:
+        tally = self.tallies.setdefault(processor.layer, Tally(processor.layer, processor.name, layout))
+        tally.layout = layout
+        return tally
+
+    def _tell(
+        self,
+        processor: SparseProcessor,
+        layout: TileLayout,
+        plan: BlockPlan | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        clock: _Clock,
+    ) -> None:
+        forward = self.forward
+        assert forward is not None
+        when = float(forward.timestep.max()) if forward.timestep is not None else float("nan")
+        seconds = clock.seconds()
+        event = AttentionEvent(
+            processor.layer, processor.name, when, layout, plan, q.detach(), k.detach(), v.detach(), seconds
+        )
+        for callback in self.callbacks:
+            callback(event)
+
+
+class _Clock:
+    """The time from its making to `stop`; on a GPU told by events, which do not wait."""
+
+    def __init__(self, on: Tensor) -> None:
+        self.events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if on.device.type == "cuda":
+            self.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self.events[0].record()
+        self._start, self._stop = time.perf_counter(), 0.0
+
+    def stop(self) -> None:
+        self._stop = time.perf_counter()
+        if self.events:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        """Waits for the device."""
+        if self.events:
+            self.events[1].synchronize()
+            return self.events[0].elapsed_time(self.events[1]) / 1e3
+        return self._stop - self._start
+
+
+@dataclass
+class Site:
+    """One transformer of a session: what its hooks do."""
+
+    session: Session
+    family: Family
+    transformer: Any
+    processors: list[SparseProcessor]
+    dense_layers: frozenset[int]
+    hoist: Hoist | None
+
+    def begin_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The forward pre-hook of the transformer."""
+        session = self.session
+        arguments = by_name(type(module), args, kwargs)
+        sequence = self.family.sequence(module, (), arguments)
+        timestep = self.family.timestep((), arguments)
+        device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+        session.forward = forward = Forward(sequence, self._parts(sequence, device), timestep, hoisted=False)
+        dense = self._decide(sequence, timestep, self.family.condition((), arguments))
+        if dense or self.hoist is None or getattr(module, "is_cache_enabled", False):
+            # A cache holds hidden states of other steps, whose order may be another.
+            return None
+        forward.hoisted = True
+        layout = forward.parts[0].layout
+        moved = {name: arguments.get(name) for name in self.hoist.arguments}
+        for name, value in moved.items():
+            if isinstance(value, Tensor) and value.dim() == 2:
+                layout.check(f"the argument {name}", value.shape[1])
+                arguments[name] = layout.permute(value)
+        return (), arguments
+
+    def enter(self, module: nn.Module, args: Any, output: Any, first: int, last: int) -> Any:
+        """The forward hook of an entry: lattice axes first to last of its output to block order."""
+        forward = self.session.forward
+        if forward is None or not forward.hoisted:
+            return None
+        layout = forward.parts[0].layout
+
+        def permute(x: Tensor) -> Tensor:
+            flat = x.flatten(first, last).movedim(first, 1)
+            return layout.permute(flat).movedim(1, first).unflatten(first, x.shape[first : last + 1])
+
+        return tuple(permute(x) for x in output) if isinstance(output, tuple) else permute(output)
+
+    def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """The forward hook of the exit: back to raster order."""
+        forward = self.session.forward
+        if forward is None or not forward.hoisted or self.hoist is None:
+            return None
+        return forward.parts[0].layout.unpermute(output, dim=self.hoist.exit[1])
+
+    def _parts(self, sequence: Sequence, device: torch.device) -> tuple[Part, ...]:
+        session, lengths = self.session, sequence.text_lengths
+        if lengths is None:
+            return (Part(session.layout(sequence, sequence.suffix, device)),)
+        if sequence.per_sample:
+            return tuple(Part(session.layout(sequence, length, device)) for length in lengths)
+        distinct = sorted(set(lengths))
+        if len(distinct) == 1:
+            return (Part(session.layout(sequence, distinct[0], device)),)
+        return tuple(
+            Part(
+                session.layout(sequence, length, device),
+                torch.tensor([row for row, mine in enumerate(lengths) if mine == length], device=device),
+            )
+            for length in distinct
+        )
+
+    def _decide(self, sequence: Sequence, timestep: Tensor | None, condition: Tensor | None) -> bool:
+        """Give every layer its budget and its kept plans for this forward. True if all layers stay dense."""
+        session, config = self.session, self.session.config
+        step, num_steps, reuse = 0, None, None
+        if config is None:
+            return True
+        if config.needs_steps:
+            step = self._step(sequence, timestep)
+            if config.dense_last_steps:
+                num_steps = len(session.scheduler.timesteps.unique())
+            if config.reuse_steps > 1:
+                reuse = self._plans_of(step, config.reuse_steps, (sequence, len(self.processors)), condition)
+        forward = session.forward
+        assert forward is not None
+        tokens = forward.parts[0].layout.num_tokens
+        for processor in self.processors:
+            dense = processor.layer in self.dense_layers
+            processor.budget = None if dense else config.at(processor.name, step, num_steps, tokens)
+            processor.kept = None if reuse is None else reuse.layers.setdefault(processor.layer, Kept())
+        return all(processor.budget is None for processor in self.processors)
+
+    def _step(self, sequence: Sequence, timestep: Tensor | None) -> int:
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                "settings that depend on the denoising step need the timestep's value, which a compiled forward does "
+                "not have; compile the blocks instead: transformer.compile_repeated_blocks()",
+                {},
+            )
+        if timestep is None:
+            raise UnsupportedError(f"{self.family.name} has no timestep, so its settings cannot depend on the step", {})
+        if self.transformer.training and torch.is_grad_enabled():
+            raise UnsupportedError(
+                "settings that depend on the denoising step are for generation; training draws timesteps at random. "
+                "Call transformer.eval(), or leave out steps, dense_first_steps, dense_last_steps and reuse_steps",
+                {},
+            )
+        if self.session.clock.tick(float(timestep.max()), sequence.grid):
+            self.session.branches.clear()
+        return self.session.clock.step
+
+    def _plans_of(self, step: int, serves: int, about: tuple[Any, ...], condition: Tensor | None) -> _Reuse | None:
+        branches = self.session.branches
+        shape = None if condition is None else condition.shape[0]
+        about = (*about, shape, self.transformer is not None and id(self.transformer))
+        found: _Reuse | None = branches.find(condition)
+        if found is None or found.about != about or step - found.step >= serves:
+            found = _Reuse(step, about, {})
+            branches.keep(condition, found)
+        return found

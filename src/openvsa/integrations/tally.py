@@ -1,0 +1,95 @@
+"""Counting what one layer has done."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvsa.config import Budget
+from openvsa.integrations.report import LayerReport
+from openvsa.layout import TileLayout
+from openvsa.plan import BlockPlan
+
+__all__ = ["Tally"]
+
+
+@dataclass
+class Tally:
+    """What one layer did: sums, so that it stays small however long the model serves. Sums of plans stay on the
+    device, which nobody waits for until the report."""
+
+    layer: int
+    name: str
+    layout: TileLayout
+    calls: int = 0
+    sparse_calls: int = 0
+    requested: float | None = 0.0
+    delivered: Tensor | float = 0.0
+    executed: Tensor | float = 0.0
+    seconds: float = 0.0
+    pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+
+    def count_dense(self) -> None:
+        self.calls += 1
+        self.executed = self.executed + 1.0
+
+    def count(self, plan: BlockPlan, budget: Budget | tuple[Budget, ...]) -> None:
+        self.calls += 1
+        self.sparse_calls += 1
+        budgets = budget if isinstance(budget, tuple) else (budget,)
+        shares = [one.keep_ratio for one in budgets]
+        if self.requested is None or None in shares:
+            self.requested = None
+        else:
+            self.requested += sum(share for share in shares if share is not None) / len(shares)
+        self.delivered = self.delivered + plan.kv_num_blocks.float().mean() / plan.kv_blocks.num_blocks
+        self.executed = self.executed + _pairs_share(plan)
+
+    def time(self, clock: Any) -> None:
+        if clock.events:
+            self.pending.append(clock.events)
+            self.settle(wait=False)
+        else:
+            self.seconds += clock.seconds()
+
+    def settle(self, *, wait: bool) -> None:
+        """Add up the times of calls that the device has finished; of all calls if `wait`."""
+        while self.pending and (wait or self.pending[0][1].query()):
+            start, stop = self.pending.popleft()
+            stop.synchronize()
+            self.seconds += start.elapsed_time(stop) / 1e3
+
+    def report(self) -> LayerReport:
+        """Waits for the device."""
+        self.settle(wait=True)
+        sparse = self.sparse_calls
+        requested = self.requested
+        if requested is not None:
+            requested = requested / sparse if sparse else 1.0
+        return LayerReport(
+            layer=self.layer,
+            name=self.name,
+            grid=self.layout.grid,
+            tile=self.layout.tile,
+            num_blocks=self.layout.num_blocks,
+            requested_density=requested,
+            delivered_density=float(self.delivered) / sparse if sparse else 1.0,
+            executed_density=float(self.executed) / self.calls,
+            calls=self.calls,
+            sparse_calls=sparse,
+            attention_seconds=self.seconds,
+        )
+
+
+def _pairs_share(plan: BlockPlan) -> Tensor:
+    """The share of all query-key pairs that a plan computes."""
+    device = plan.device
+    kept = torch.arange(plan.kv_indices.shape[-1], device=device) < plan.kv_num_blocks[..., None]
+    lens = plan.kv_blocks.lens_on(device)[plan.kv_indices.long() * kept]
+    keys = torch.where(kept, lens, 0).sum(-1).float()
+    pairs = (keys * plan.q_blocks.lens_on(device)).sum(-1).mean()
+    return pairs / plan.q_blocks.num_tokens / plan.kv_blocks.num_tokens
