@@ -15,6 +15,10 @@ _FAMILIES = {
     "WanTransformer3DModel": ("wan", "Wan"),
     "WanVACETransformer3DModel": ("wan", "Wan"),
     "WanAnimateTransformer3DModel": ("wan", "Wan"),
+    "LTXVideoTransformer3DModel": ("ltx", "LTX"),
+    "LTX2VideoTransformer3DModel": ("ltx2", "LTX2"),
+    "CosmosTransformer3DModel": ("cosmos", "Cosmos"),
+    "Kandinsky5Transformer3DModel": ("kandinsky5", "Kandinsky5"),
 }
 
 

@@ -1,0 +1,37 @@
+"""Cosmos 1, Predict2, Predict2.5 and Transfer2.5: one lattice of video tokens, text through cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from openvsa.integrations.families.base import Family, Sequence
+
+__all__ = ["Cosmos"]
+
+
+class Cosmos(Family):
+    """CosmosTransformer3DModel: `attn1` of every block is self-attention over the video tokens.
+
+    Frames that condition a video (video-to-world) are frames of the same lattice, and are treated like the others.
+    """
+
+    name = "Cosmos"
+    transformers = ("CosmosTransformer3DModel",)
+
+    def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
+        return [
+            (f"transformer_blocks.{index}.attn1", block.attn1)
+            for index, block in enumerate(transformer.transformer_blocks)
+        ]
+
+    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+        latents = kwargs["hidden_states"]  # [B, C, T, H, W]
+        config = transformer.config
+        return Sequence(tuple(side // size for side, size in zip(latents.shape[2:], config.patch_size, strict=True)))
+
+    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        # [B], or [B, 1, T, 1, 1] where frames that condition the video are further denoised.
+        return kwargs["timestep"].amax()

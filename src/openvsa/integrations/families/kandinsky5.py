@@ -1,0 +1,41 @@
+"""Kandinsky 5: a lattice of visual tokens, text through cross-attention; NABLA checkpoints bring their own sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from openvsa.errors import UnsupportedError
+from openvsa.integrations.families.base import Family, Sequence
+
+__all__ = ["Kandinsky5"]
+
+
+class Kandinsky5(Family):
+    """Kandinsky5Transformer3DModel: `self_attention` of every visual block is self-attention over the visual tokens.
+
+    Text blocks and cross-attention stay as they are. Latents come with the channels last, [B, T, H, W, C].
+    """
+
+    name = "Kandinsky 5"
+    transformers = ("Kandinsky5Transformer3DModel",)
+
+    def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
+        return [
+            (f"visual_transformer_blocks.{index}.self_attention", block.self_attention)
+            for index, block in enumerate(transformer.visual_transformer_blocks)
+        ]
+
+    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+        if kwargs.get("sparse_params") is not None:
+            raise UnsupportedError(
+                "this Kandinsky 5 model was called with sparse_params: it has block-sparse attention of its own "
+                "(NABLA), with its tokens in another order. Load its transformer with attention_type='regular' to use "
+                "OpenVSA instead, or leave it as it is",
+                {},
+            )
+        latents = kwargs["hidden_states"]
+        config = transformer.config
+        return Sequence(tuple(side // size for side, size in zip(latents.shape[1:4], config.patch_size, strict=True)))

@@ -1,0 +1,48 @@
+"""LTX-Video: one transformer over packed latents, whose lattice comes as sizes or as coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from openvsa.errors import UnsupportedError
+from openvsa.integrations.families.base import Family, Sequence
+from openvsa.integrations.families.coordinates import sequence_of_coordinates
+
+__all__ = ["LTX"]
+
+
+class LTX(Family):
+    """LTXVideoTransformer3DModel: `attn1` of every block is self-attention over the video tokens.
+
+    Latents come packed as [B, S, C]. Text-to-video and image-to-video pass the lattice as num_frames, height and width.
+    The condition pipelines pass `video_coords`, which then say where every token is: the lattice is read from them, and
+    the tokens of conditioning frames stay dense.
+    """
+
+    name = "LTX-Video"
+    transformers = ("LTXVideoTransformer3DModel",)
+
+    def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
+        return [
+            (f"transformer_blocks.{index}.attn1", block.attn1)
+            for index, block in enumerate(transformer.transformer_blocks)
+        ]
+
+    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+        coords = kwargs.get("video_coords")
+        if coords is not None:
+            return sequence_of_coordinates(coords)
+        sides = {name: kwargs.get(name) for name in ("num_frames", "height", "width")}
+        if None in sides.values():
+            raise UnsupportedError(
+                f"LTX-Video was called with {sides}; pass the latents' num_frames, height and width, or video_coords",
+                {},
+            )
+        return Sequence(tuple(int(side) for side in sides.values()))
+
+    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        # One for each token where some are conditioning, which is further denoised than the video.
+        return kwargs["timestep"].amax()

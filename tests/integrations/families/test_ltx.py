@@ -1,0 +1,148 @@
+"""LTX-Video, whose lattice comes as sizes or as coordinates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import LTXConditionPipeline, LTXVideoTransformer3DModel
+from torch import Tensor
+
+import family_checks as checks
+import openvsa
+from openvsa.integrations.families import Sequence
+from openvsa.integrations.families.coordinates import sequence_of_coordinates
+
+GRID = (3, 4, 6)
+
+
+@pytest.fixture
+def model() -> LTXVideoTransformer3DModel:
+    torch.manual_seed(0)
+    return LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        cross_attention_dim=48,
+        num_layers=2,
+        caption_channels=16,
+    ).eval()
+
+
+def inputs(tokens: int, samples: tuple[int, ...]) -> dict[str, Tensor]:
+    return {
+        "hidden_states": checks.randoms(samples, tokens, 8),
+        "encoder_hidden_states": checks.randoms(samples, 5, 16, salt=1),
+        "timestep": torch.full((len(samples),), 700.0),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * len(samples)),
+    }
+
+
+def run(model: LTXVideoTransformer3DModel, grid: tuple[int, ...], samples: tuple[int, ...] = (0, 1)) -> Tensor:
+    frames, height, width = grid
+    given = inputs(frames * height * width, samples)
+    with torch.no_grad():
+        return model(**given, num_frames=frames, height=height, width=width, rope_interpolation_scale=(0.3, 32, 32))[0]
+
+
+def coordinates(*lattices: tuple[int, int, int, int], batch: int = 1) -> Tensor:
+    """[B, 3, S] of lattices (first pixel frame, T, H, W) one after the other, made as the condition pipeline does."""
+    parts = []
+    for first, frames, height, width in lattices:
+        ids = LTXConditionPipeline._prepare_video_ids(batch, frames, height, width)
+        parts.append(LTXConditionPipeline._scale_video_ids(ids, 32, 8, frame_index=first))
+    coords = torch.cat(parts, 2).float()
+    coords[:, 0] /= 25
+    return coords
+
+
+def run_conditioned(model: LTXVideoTransformer3DModel, grid: tuple[int, int, int]) -> Tensor:
+    """The video after one conditioning frame; as in the pipeline, each token has a timestep of its own."""
+    coords = coordinates((9, 1, *grid[1:]), (0, *grid), batch=2)
+    given = inputs(coords.shape[2], (0, 1))
+    given["timestep"] = torch.full(coords.shape[::2], 700.0)
+    given["timestep"][:, : grid[1] * grid[2]] = 0.0
+    with torch.no_grad():
+        return model(**given, video_coords=coords)[0]
+
+
+def test_density_one_equals_dense_on_lattices_in_a_row(model: LTXVideoTransformer3DModel) -> None:
+    checks.check_density_one(model, run, [GRID, (1, 1, 1), (5, 3, 7), (2, 8, 8)])
+
+
+def test_detach_is_exact(model: LTXVideoTransformer3DModel) -> None:
+    checks.check_detach(model, run, (5, 7, 9))
+
+
+def test_guidance_batched_and_split(model: LTXVideoTransformer3DModel) -> None:
+    checks.check_guidance(model, run, (5, 7, 9))
+
+
+def test_text_stays_dense(model: LTXVideoTransformer3DModel) -> None:
+    names = ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    checks.check_only_these_are_sparse(model, run, (5, 7, 9), names)
+
+
+def test_contract_with_diffusers(model: LTXVideoTransformer3DModel) -> None:
+    forward = {"hidden_states", "encoder_hidden_states", "timestep", "num_frames", "height", "width", "video_coords"}
+    checks.check_contract(model, run, GRID, "LTXVideoAttnProcessor", forward)
+
+
+def test_conditioning_frames_stay_dense(model: LTXVideoTransformer3DModel) -> None:
+    grid = (5, 6, 8)
+    dense = run_conditioned(model, grid)
+    with openvsa.sparsify(model, density=1.0):
+        checks.close(run_conditioned(model, grid), dense)
+    event = checks.events_of(model, lambda: run_conditioned(model, grid), density=0.2)[0]
+    assert event.layout.grid == grid
+    assert event.timestep == 700.0
+    checks.check_conditioning_is_dense(event, prefix=48, suffix=0)
+
+
+@pytest.mark.parametrize(
+    ("lattices", "expected"),
+    [
+        ([(0, 3, 4, 6)], Sequence((3, 4, 6))),
+        ([(0, 1, 1, 1)], Sequence((1, 1, 1))),
+        ([(0, 4, 1, 1)], Sequence((4, 1, 1))),
+        ([(0, 2, 3, 1)], Sequence((2, 3, 1))),
+        ([(8, 1, 4, 6), (16, 1, 4, 6), (0, 3, 4, 6)], Sequence((3, 4, 6), prefix=48)),
+        ([(8, 2, 4, 6), (0, 2, 4, 6)], Sequence((2, 4, 6), prefix=48)),
+        ([(0, 4, 4, 6), (0, 1, 4, 6), (0, 1, 4, 6)], Sequence((4, 4, 6), suffix=48)),
+        ([(8, 1, 2, 3), (0, 3, 4, 6)], Sequence((3, 4, 6), prefix=6)),
+    ],
+)
+def test_the_lattice_is_read_from_coordinates(lattices: list[tuple[int, int, int, int]], expected: Sequence) -> None:
+    assert sequence_of_coordinates(coordinates(*lattices, batch=2)) == expected
+
+
+def test_coordinates_without_a_lattice_are_refused(model: LTXVideoTransformer3DModel) -> None:
+    coords = coordinates((0, 3, 4, 6), batch=2)
+    with pytest.raises(openvsa.UnsupportedError, match="their rows or frames differ in length"):
+        sequence_of_coordinates(coords[:, :, :-1])
+    coords[1, 0] += 1
+    with pytest.raises(openvsa.UnsupportedError, match="run them one by one"):
+        sequence_of_coordinates(coords)
+    with pytest.raises(
+        openvsa.UnsupportedError, match=r"expected token coordinates \[batch, 3, tokens\], got \[3, 72\]"
+    ):
+        sequence_of_coordinates(coords[0])
+    with openvsa.sparsify(model, density=0.5), pytest.raises(openvsa.UnsupportedError, match="'num_frames': None"):
+        model(**inputs(72, (0,)))
+
+
+def test_a_wrong_lattice_is_refused(model: LTXVideoTransformer3DModel) -> None:
+    """RoPE tables of one token fit a sequence of any length, so the model itself would not notice."""
+    with openvsa.sparsify(model, density=0.5), pytest.raises(openvsa.OpenVSAError, match="72"):
+        model(**inputs(72, (0,)), num_frames=1, height=1, width=1)
+
+
+def test_sizes_of_one_beside_coordinates_are_ignored(model: LTXVideoTransformer3DModel) -> None:
+    """The pipeline for long videos passes them so."""
+
+    def run_one() -> None:
+        given = inputs(72, (0,)) | {"video_coords": coordinates((0, 3, 4, 6))}
+        model(**given, num_frames=1, height=1, width=1)
+
+    events = checks.events_of(model, run_one, density=0.5)
+    assert [event.layout.grid for event in events] == [(3, 4, 6)] * 2
