@@ -19,6 +19,7 @@ PUBLIC = {
     "OpenVSAError",
     "PlanError",
     "ShapeError",
+    "SparsityConfig",
     "TileLayout",
     "UnsupportedError",
     "block_sparse_attention",

@@ -25,6 +25,7 @@ from openvsa.ops import block_sparse_attention, merge
 from openvsa.plan import BlockPlan
 
 if TYPE_CHECKING:
+    from openvsa.integrations.config import SparsityConfig
     from openvsa.integrations.diffusers import sparsify
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "OpenVSAError",
     "PlanError",
     "ShapeError",
+    "SparsityConfig",
     "TileLayout",
     "UnsupportedError",
     "block_sparse_attention",
@@ -46,7 +48,7 @@ __all__ = [
     "video_sparse_attention",
 ]
 
-_LAZY = {"sparsify": "openvsa.integrations.diffusers"}
+_LAZY = {"SparsityConfig": "openvsa.integrations.config", "sparsify": "openvsa.integrations.diffusers"}
 
 
 def __getattr__(name: str) -> Any:
