@@ -1,0 +1,119 @@
+"""SparsityConfig: checked, immutable, to files and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import openvsa
+from openvsa import Budget, SparsityConfig
+from openvsa.select import BudgetTable, PooledTopK
+from tiny_wan import run, tiny_wan
+
+FULL = SparsityConfig(
+    budget=Budget(top_p=0.9, min_blocks=2),
+    selector=PooledTopK(length_bias=True),
+    tile=(2, 4, 8),
+    steps={0: 0.5, 3: 0.25},
+    layers={"blocks.0.attn1": (0.5, 1.0), "blocks.1.attn1": 0.125},
+    dense_first_steps=2,
+    dense_last_steps=1,
+    dense_layers=(0, "blocks.1.attn1"),
+    min_tokens=5000,
+    reuse_steps=2,
+    backend="cpu",
+    strict=False,
+)
+
+
+@pytest.mark.parametrize("config", [SparsityConfig(density=0.1), FULL], ids=["small", "full"])
+@pytest.mark.parametrize("ending", ["json", "yaml", "yml"])
+def test_files_hold_everything(config: SparsityConfig, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"settings.{ending}"
+    config.save(path)
+    assert SparsityConfig.load(path) == config
+
+
+def test_a_file_says_only_what_is_not_default() -> None:
+    assert SparsityConfig(density=0.1).to_dict() == {"density": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({}, "either density or budget"),
+        ({"density": 0.1, "budget": Budget(top_k=2)}, "either density or budget"),
+        ({"density": 1.5}, r"must be in \(0, 1\], got 1.5"),
+        ({"density": 0.1, "steps": {0: 0}}, r"must be in \(0, 1\], got 0"),
+        ({"density": 0.1, "steps": {-1: 0.5}}, "whole numbers"),
+        ({"density": 0.1, "layers": {"a": (0.5, 2.0)}}, r"must be in \(0, 1\], got 2"),
+        ({"density": 0.1, "dense_first_steps": -1}, "dense_first_steps must be a whole number >= 0, got -1"),
+        ({"density": 0.1, "reuse_steps": 0}, "reuse_steps must be a whole number >= 1, got 0"),
+        ({"density": 0.1, "min_tokens": 1.5}, "min_tokens must be a whole number >= 0, got 1.5"),
+    ],
+)
+def test_mistakes_are_named(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(openvsa.OpenVSAError, match=said):
+        SparsityConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", "must be an object"),
+        ("{", "cannot be parsed"),
+        ('{"density": 0.1, "sparsity": 0.9}', "unknown settings sparsity; known are density"),
+        ('{"density": 0.1, "selector": {"name": "Best"}}', "PooledTopK.*got 'Best'"),
+        ('{"density": "much"}', "no settings of sparsify"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    with pytest.raises(openvsa.OpenVSAError, match=said):
+        SparsityConfig.load(path)
+    with pytest.raises(openvsa.OpenVSAError, match="cannot read"):
+        SparsityConfig.load(tmp_path / "none.json")
+
+
+def test_a_selector_of_ones_own_cannot_be_written() -> None:
+    config = SparsityConfig(density=0.1, selector=lambda q, k, layout, budget: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(openvsa.OpenVSAError, match=r"none of openvsa\.select"):
+        config.to_dict()
+
+
+def test_it_does_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FULL.density = 0.5  # type: ignore[misc]
+    assert dataclasses.replace(FULL, min_tokens=1).steps == FULL.steps
+
+
+def test_sparsify_takes_a_config_or_a_table_alone(tmp_path: Path) -> None:
+    model = tiny_wan()
+    table = BudgetTable(0.5, {"blocks.0.attn1": (0.25, 0.75), "blocks.1.attn1": (0.5, 0.5)}, tile=(1, 2, 2))
+    table.save(tmp_path / "budget.json")
+    with openvsa.sparsify(model, budget=table) as handle:
+        assert handle.config is not None
+        assert (handle.config.layers, handle.config.tile) == (table.layers, (1, 2, 2))
+        first = run(model)
+        assert [layer.requested_density for layer in handle.report().layers] == [0.5, 0.5]
+    with openvsa.sparsify(model, budget=str(tmp_path / "budget.json")):
+        assert torch.equal(run(model), first)
+    for extra in ({"density": 0.5}, {"tile": (1, 2, 2)}, {"backend": "cpu"}):
+        with pytest.raises(openvsa.BudgetError, match="part of a config"):
+            openvsa.sparsify(model, config=SparsityConfig(density=0.5), **extra)
+
+
+def test_the_handle_changes_settings_while_it_is_on() -> None:
+    model = tiny_wan()
+    with openvsa.sparsify(model, config=SparsityConfig(density=0.5, tile=(1, 2, 2), min_tokens=10**6)) as handle:
+        dense = run(model)
+        handle.config = SparsityConfig(density=0.2, tile=(3, 3, 3))
+        assert not torch.equal(run(model), dense)
+        assert handle.report().layers[0].tile == (3, 3, 3)
+        handle.density = 0.5
+        assert handle.config == SparsityConfig(budget=Budget(keep_ratio=0.5), tile=(3, 3, 3))
