@@ -1,0 +1,341 @@
+"""An audit of a model: what sparse attention keeps and loses in it, layer by layer, and what it saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openvsa.config import Budget
+from openvsa.errors import OpenVSAError
+from openvsa.evaluate.audit_attention import audit_call
+from openvsa.evaluate.audit_budget import Curve, allocate
+from openvsa.evaluate.audit_figures import CallAudit, ForwardAudit, SparseRun, TimedDensity
+from openvsa.evaluate.comparison import PassTime
+from openvsa.evaluate.quality import compare_clips
+from openvsa.evaluate.recorder import AttentionRecord, AttentionRecorder
+from openvsa.integrations.diffusers import SparseHandle, observe, sparsify
+from openvsa.integrations.report import AttentionEvent
+from openvsa.layout import TileLayout
+from openvsa.select import BudgetTable, PooledTopK
+
+__all__ = ["CURVE", "Audit", "MakeClip", "Measured", "curves_of"]
+
+CURVE = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+"""Densities at which the output error of every head is measured."""
+
+MakeClip = Callable[..., Tensor]
+"""Makes a clip, uint8 [frames, height, width, 3], from `num_inference_steps` and `callback_on_step_end` (as in
+Diffusers), with the same noise in every call."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What an audit found, before it is made into figures."""
+
+    layout: TileLayout
+    calls: tuple[CallAudit, ...]
+    forwards: tuple[ForwardAudit, ...]
+    dense: PassTime
+    sparse: SparseRun
+    dense_forward: float
+    times: tuple[TimedDensity, ...]
+    table: BudgetTable | None
+    budgeted: SparseRun | None
+    sparse_clip: Tensor
+    attention: AttentionRecord | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    """A forward of a transformer that can be run again."""
+
+    step: int
+    transformer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        out = self.transformer(*self.args, **self.kwargs)
+        return (out[0] if isinstance(out, tuple) else out.sample).float()
+
+
+class Audit:
+    """Audits a model that makes clips.
+
+    One dense generation keeps the inputs of one forward in each audited step (the first of the step, which under
+    guidance is one of two). Each is then run again: densely, measuring every layer on the inputs that dense attention
+    gives it; sparsely, for the picture and the change of the prediction; and for a table with one layer sparse at a
+    time. A sparse generation gives the change of the clip. So the error of a layer is its own, and what errors do to
+    each other shows in the prediction and in the clip.
+
+    Args:
+        pipe: a pipeline that `sparsify` supports.
+        make_clip: see MakeClip.
+        density: share of the tiles to keep.
+        steps: denoising steps of a generation.
+        audited: the steps to look at, from 0.
+        tile: as in `sparsify`.
+        query_blocks: blocks of queries to look at in a call, evenly spread.
+        on_progress: called with what begins and in how many parts; what it returns is called after each part.
+
+    Raises:
+        OpenVSAError: an audited step does not exist.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        make_clip: MakeClip,
+        *,
+        density: float,
+        steps: int,
+        audited: Collection[int],
+        tile: tuple[int, ...] | None = None,
+        query_blocks: int = 64,
+        on_progress: Callable[[str, int], Callable[[], None]] = lambda *_: lambda: None,
+    ) -> None:
+        wrong = [step for step in audited if not 0 <= step < steps]
+        if wrong or not audited:
+            raise OpenVSAError(f"audited steps must be in 0..{steps - 1} and at least one, got {sorted(audited)}")
+        self._pipe, self._make_clip = pipe, make_clip
+        self._density, self._steps, self._audited = density, steps, frozenset(audited)
+        self._tile, self._query_blocks, self._on_progress = tile, query_blocks, on_progress
+
+    def run(self, *, with_table: bool) -> Measured:
+        """Everything. `with_table` also makes a budget table and generates with it."""
+        forwards: list[_Forward] = []
+        dense_clip, dense_latents, dense_time, _ = self._generate("full attention", observe, forwards)
+        predictions, calls, layout = self._measure(forwards)
+        recorder = AttentionRecorder(range(len(forwards)), max_heads=4, max_bytes=2 << 20)
+        done = self._on_progress("sparse forwards", len(forwards))
+        errors = []
+        for forward, prediction in zip(forwards, predictions, strict=True):
+            with self._sparse() as handle:
+                handle.on_attention(recorder)
+                errors.append(_relative(forward(), prediction))
+            done()
+        dense_forward, times = self._times(forwards[0])
+
+        table, alone, with_budget = None, [{} for _ in forwards], [None] * len(forwards)
+        if with_table:
+            alone = self._alone(forwards, predictions, calls)
+            table = self._table(calls, alone, layout)
+            with self._sparse(table):
+                with_budget = [_relative(f(), p) for f, p in zip(forwards, predictions, strict=True)]
+
+        def sparse_run(name: str, budget: BudgetTable | None) -> tuple[SparseRun, Tensor]:
+            clip, latents, taken, delivered = self._generate(name, lambda _: self._sparse(budget))
+            error = _relative(latents, dense_latents)
+            return SparseRun(delivered, taken, compare_clips(clip, dense_clip), error), clip
+
+        sparse, sparse_clip = sparse_run("sparse attention", None)
+        budgeted = sparse_run("with the table", table)[0] if table else None
+        return Measured(
+            layout,
+            tuple(calls),
+            tuple(
+                ForwardAudit(forward.step, error, only, ours)
+                for forward, error, only, ours in zip(forwards, errors, alone, with_budget, strict=True)
+            ),
+            dense_time,
+            sparse,
+            dense_forward,
+            times,
+            table,
+            budgeted,
+            sparse_clip,
+            _renumbered(recorder.record(), [forward.step for forward in forwards]),
+        )
+
+    # -- generations --------------------------------------------------------------------------------------------
+
+    def _sparse(self, table: BudgetTable | None = None) -> SparseHandle:
+        if table is None:
+            return sparsify(self._pipe, self._density, tile=self._tile)
+        return sparsify(self._pipe, budget=table, tile=self._tile)
+
+    def _generate(
+        self, name: str, attach: Callable[[Any], SparseHandle], forwards: list[_Forward] | None = None
+    ) -> tuple[Tensor, Tensor, PassTime, float]:
+        """A clip, its final latents, its time and the delivered density; keeps the audited forwards if asked to. One
+        untimed step first, because the first use of every kernel and buffer is slower than the rest."""
+        done = self._on_progress(name, self._steps)
+        last: dict[str, Any] = {"step": 0, "latents": None}
+
+        def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            last["step"], last["latents"] = step + 1, tensors["latents"]
+            done()
+            return tensors
+
+        with attach(self._pipe):
+            self._make_clip(num_inference_steps=1, callback_on_step_end=lambda _, __, ___, tensors: tensors)
+        with attach(self._pipe) as handle, self._keep(forwards, last):
+            begin = time.perf_counter()
+            clip = self._make_clip(num_inference_steps=self._steps, callback_on_step_end=on_step_end)
+            seconds = time.perf_counter() - begin
+            report = handle.report()
+        if last["latents"] is None:
+            raise OpenVSAError(f"{type(self._pipe).__name__} did not call callback_on_step_end, which an audit needs")
+        taken = PassTime(seconds, report.attention_seconds)
+        return clip, last["latents"].float(), taken, report.executed_density
+
+    @contextmanager
+    def _keep(self, forwards: list[_Forward] | None, last: dict[str, Any]) -> Iterator[None]:
+        """Keep the inputs of the first forward of every audited step."""
+        if forwards is None:
+            yield
+            return
+        kept: set[int] = set()
+
+        def keep(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            step = last["step"]
+            if step in self._audited and step not in kept:
+                kept.add(step)
+                forwards.append(_Forward(step, transformer, _copied(args), _copied(kwargs)))
+
+        hooks = [
+            getattr(self._pipe, name).register_forward_pre_hook(keep, with_kwargs=True)
+            for name in ("transformer", "transformer_2")
+            if getattr(self._pipe, name, None) is not None
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    # -- forwards -----------------------------------------------------------------------------------------------
+
+    def _measure(self, forwards: Sequence[_Forward]) -> tuple[list[Tensor], list[CallAudit], TileLayout]:
+        """The dense prediction of every forward, and every layer in it."""
+        predictions: list[Tensor] = []
+        calls: list[CallAudit] = []
+        layouts: set[TileLayout] = set()
+        done = self._on_progress("layers", len(forwards))
+        selector, budget = PooledTopK(), Budget(keep_ratio=self._density)
+        for forward in forwards:
+            seen: set[int] = set()
+
+            def look(event: AttentionEvent, step: int = forward.step, seen: set[int] = seen) -> None:
+                if event.layer in seen:  # a further sample, where samples differ in their text
+                    return
+                seen.add(event.layer)
+                figures = audit_call(
+                    event.q, event.k, event.v, event.layout, selector, budget,
+                    densities=CURVE, max_rows=self._query_blocks,
+                )  # fmt: skip
+                layouts.add(event.layout)
+                calls.append(CallAudit(step, event.timestep, event.layer, event.name, figures))
+
+            with observe(self._pipe, tile=self._tile) as handle:
+                handle.on_attention(look)
+                predictions.append(forward())
+            done()
+        if not layouts:
+            raise OpenVSAError(f"no self-attention of {type(self._pipe).__name__} could be looked at")
+        if len(layouts) != 1:
+            raise OpenVSAError(f"an audit is of one lattice, got {len(layouts)}: {sorted(map(str, layouts))}")
+        return predictions, calls, layouts.pop()
+
+    def _times(self, forward: _Forward) -> tuple[float, tuple[TimedDensity, ...]]:
+        """Attention seconds of one forward: dense, and at densities around the one asked for and up to 1."""
+        shares = sorted({self._density / 2, self._density, min(1.0, 2 * self._density), 1.0})
+        done = self._on_progress("times", 1 + len(shares))
+        with observe(self._pipe, tile=self._tile) as handle:
+            forward()
+            dense = handle.report().attention_seconds
+        done()
+        times = []
+        for share in shares:
+            with sparsify(self._pipe, share, tile=self._tile) as handle:
+                forward()
+                report = handle.report()
+            times.append(TimedDensity(report.executed_density, report.attention_seconds))
+            done()
+        return dense, tuple(times)
+
+    # -- the table ----------------------------------------------------------------------------------------------
+
+    def _alone(
+        self, forwards: Sequence[_Forward], predictions: Sequence[Tensor], calls: Sequence[CallAudit]
+    ) -> list[dict[str, float]]:
+        """For every forward: layer -> relative change of the prediction with only that layer sparse."""
+        heads = {call.name: len(call.figures.output) for call in calls}
+        names = [[call.name for call in calls if call.step == forward.step] for forward in forwards]
+        done = self._on_progress("layers alone", sum(map(len, names)))
+        found: list[dict[str, float]] = []
+        for forward, prediction, here in zip(forwards, predictions, names, strict=True):
+            changes = {}
+            for name in here:
+                shares = {other: (self._density if other == name else 1.0,) * heads[other] for other in heads}
+                with self._sparse(BudgetTable(self._density, shares)):
+                    changes[name] = _relative(forward(), prediction)
+                done()
+            found.append(changes)
+        return found
+
+    def _table(self, calls: Sequence[CallAudit], alone: Sequence[dict[str, float]], layout: TileLayout) -> BudgetTable:
+        """See `curves_of`."""
+        by_step = dict(zip(sorted({call.step for call in calls}), alone, strict=True))
+        shares = allocate(curves_of(calls, by_step, layout.num_tiles), self._density, layout.num_tiles)
+        return BudgetTable(self._density, shares, layout.tile)
+
+
+def curves_of(calls: Sequence[CallAudit], alone: dict[int, dict[str, float]], num_tiles: int) -> dict[str, list[Curve]]:
+    """Layer -> for each head, the squared change of the model's prediction that it causes at each density.
+
+    What a head loses is measured where it arises, in its output; how much of that reaches the prediction, in one
+    forward for each layer, all of whose heads are sparse: `alone[step][layer]` squared, over the squared error of the
+    layer's output in that step, converts one into the other. Small errors of different layers add up in squares.
+    """
+    sums: dict[str, list[list[float]]] = {}
+    seen: dict[str, int] = {}
+    kept = sorted({max(1, -int(-point.asked * num_tiles // 1)) for point in calls[0].figures.curve})
+    for call in calls:
+        weight = alone[call.step][call.name] ** 2 / max(sum(call.figures.error), 1e-30)
+        points = {max(1, -int(-point.asked * num_tiles // 1)): point.error for point in call.figures.curve}
+        heads = sums.setdefault(call.name, [[0.0] * len(kept) for _ in call.figures.output])
+        for head, losses in enumerate(heads):
+            for at, blocks in enumerate(kept):
+                losses[at] += weight * points[blocks][head]
+        seen[call.name] = seen.get(call.name, 0) + 1
+    densities = [blocks / num_tiles for blocks in kept]
+
+    def curve(losses: list[float], times: int) -> Curve:
+        points = [(density, loss / times) for density, loss in zip(densities, losses, strict=True) if density < 1]
+        return Curve((*points, (1.0, 0.0)))
+
+    return {name: [curve(losses, seen[name]) for losses in heads] for name, heads in sums.items()}
+
+
+def _renumbered(record: AttentionRecord | None, steps: Sequence[int]) -> AttentionRecord | None:
+    """The recorder counts the forwards that it saw; their steps in the generation are these."""
+    if record is None:
+        return None
+    return replace(
+        record,
+        steps={steps[at]: timestep for at, timestep in record.steps.items()},
+        calls={(steps[at], layer): call for (at, layer), call in record.calls.items()},
+    )
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
+
+
+def _copied(value: Any) -> Any:
+    """The same with copies of the tensors in it, which a pipeline may write into later."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: _copied(one) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(one) for one in value)
+    return value

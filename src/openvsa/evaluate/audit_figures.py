@@ -1,0 +1,254 @@
+"""The numbers of an audit: what `audit.json` holds, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from openvsa.evaluate.audit_attention import CallFigures, CurvePoint
+from openvsa.evaluate.comparison import PassTime, finite_or_none
+from openvsa.evaluate.quality import Quality
+from openvsa.select import BudgetTable
+
+__all__ = ["AuditFigures", "AuditSettings", "CallAudit", "ForwardAudit", "SparseRun", "TimedDensity"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings:
+    """What was audited and how. grid, tile: of the video, in tokens; query_blocks: looked at in each call."""
+
+    model: str
+    subject: str
+    command: str
+    seed: int
+    steps: int
+    density: float
+    grid: tuple[int, ...]
+    tile: tuple[int, ...]
+    num_tiles: int
+    query_blocks: int
+    device: str
+    threads: int
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CallAudit:
+    """The self-attention of one layer in one denoising step, on the inputs that dense attention had."""
+
+    step: int
+    timestep: float
+    layer: int
+    name: str
+    figures: CallFigures
+
+    @property
+    def error(self) -> float:
+        """Norm of the error of the layer's attention output over the norm of the output, all heads together."""
+        return _ratio(self.figures.error, self.figures.output)
+
+    @property
+    def oracle_error(self) -> float:
+        """The same with the best blocks of the same number."""
+        return _ratio(self.figures.oracle_error, self.figures.output)
+
+    @property
+    def head_errors(self) -> tuple[float, ...]:
+        """`error` of each head alone."""
+        return tuple(_ratio((e,), (o,)) for e, o in zip(self.figures.error, self.figures.output, strict=True))
+
+
+@dataclass(frozen=True)
+class ForwardAudit:
+    """One forward of the transformer, repeated with its own inputs.
+
+    error: norm of the change of its prediction over the norm of the prediction, all layers sparse at the uniform
+    density. alone: layer -> the same with only that layer sparse; empty unless a table was asked for. budgeted: the
+    same as `error` with the table.
+    """
+
+    step: int
+    error: float
+    alone: Mapping[str, float]
+    budgeted: float | None
+
+
+@dataclass(frozen=True)
+class SparseRun:
+    """One sparse generation against the dense one from the same noise.
+
+    density: delivered, mean over layers and calls. latents_error: norm of the change of the final latents over their
+    norm.
+    """
+
+    density: float
+    time: PassTime
+    quality: Quality
+    latents_error: float
+
+
+@dataclass(frozen=True)
+class TimedDensity:
+    """Seconds of all self-attention in one forward at a delivered density."""
+
+    density: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AuditFigures:
+    """All numbers of an audit. times: one forward at several densities; dense_forward: its dense attention, seconds."""
+
+    settings: AuditSettings
+    calls: tuple[CallAudit, ...]
+    forwards: tuple[ForwardAudit, ...]
+    dense: PassTime
+    sparse: SparseRun
+    dense_forward: float
+    times: tuple[TimedDensity, ...]
+    table: BudgetTable | None
+    budgeted: SparseRun | None
+
+    @property
+    def layers(self) -> dict[int, str]:
+        """Layer -> name."""
+        return {call.layer: call.name for call in sorted(self.calls, key=lambda call: call.layer)}
+
+    @property
+    def steps(self) -> dict[int, float]:
+        """Audited step -> timestep."""
+        return {call.step: call.timestep for call in sorted(self.calls, key=lambda call: call.step)}
+
+    @property
+    def recall(self) -> float:
+        """Share of the exact attention mass on kept blocks, mean over calls and heads."""
+        return _mean([share for call in self.calls for share in call.figures.recall])
+
+    @property
+    def oracle_recall(self) -> float:
+        """The same for the best plan of the same density."""
+        return _mean([share for call in self.calls for share in call.figures.oracle_recall])
+
+    @property
+    def ceiling(self) -> float:
+        """How much faster the whole generation would be if attention took no time (Amdahl)."""
+        return self.dense.total_seconds / self.dense.rest_seconds
+
+    @property
+    def break_even(self) -> float | None:
+        """The density at which sparse attention takes as long as dense: where the straight line through `times`
+        (least squares) reaches `dense_forward`. At most 1; None where sparse attention is slower at any density or the
+        times do not grow with density."""
+        slope, overhead = self._line()
+        if slope <= 0 or overhead >= self.dense_forward:
+            return None
+        return min(1.0, (self.dense_forward - overhead) / slope)
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of a forward's sparse attention that no density saves: the line through `times` at density 0."""
+        return self._line()[1]
+
+    def layer_mean(self, layer: int, what: str) -> float:
+        """Mean over the audited steps of a layer's `error` or `oracle_error`, or of its heads' `density`, `recall` or
+        `oracle_recall`."""
+        values = [
+            [getattr(call, what)] if what in ("error", "oracle_error") else getattr(call.figures, what)
+            for call in self.calls
+            if call.layer == layer
+        ]
+        return _mean([value for of_call in values for value in of_call])
+
+    def curve(self) -> list[tuple[float, float]]:
+        """Relative output error against delivered density, root of the mean square over calls, ascending."""
+        points = []
+        for index in range(len(self.calls[0].figures.curve)):
+            of_calls = [(call.figures.curve[index], call.figures.output) for call in self.calls]
+            density = _mean([_mean(list(point.density)) for point, _ in of_calls])
+            points.append((density, math.sqrt(_mean([sum(p.error) / max(sum(o), 1e-30) for p, o in of_calls]))))
+        return points
+
+    def _line(self) -> tuple[float, float]:
+        x, y = [at.density for at in self.times], [at.seconds for at in self.times]
+        mean_x, mean_y = _mean(x), _mean(y)
+        spread = sum((a - mean_x) ** 2 for a in x)
+        slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
+        return slope, mean_y - slope * mean_x
+
+    def to_json(self) -> str:
+        """Strict JSON, an infinite PSNR as null; what follows from the numbers is included for readers."""
+        content = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("table", "settings")}
+        content = {"version": _VERSION, "settings": asdict(self.settings)} | _plain(content)
+        content["table"] = json.loads(self.table.to_json()) if self.table else None
+        for run in ("sparse", "budgeted"):
+            if content[run]:
+                content[run]["quality"]["psnr"] = [finite_or_none(v) for v in content[run]["quality"]["psnr"]]
+        content["derived"] = {
+            "recall": self.recall,
+            "oracle_recall": self.oracle_recall,
+            "amdahl_ceiling": self.ceiling,
+            "break_even_density": self.break_even,
+            "overhead_seconds": self.overhead,
+            "error_by_density": self.curve(),
+            "speedup": self.dense.total_seconds / self.sparse.time.total_seconds,
+            "attention_speedup": self.dense.attention_seconds / self.sparse.time.attention_seconds,
+        }
+        for name, run in (("sparse", self.sparse), ("budgeted", self.budgeted)):
+            if run:
+                mean = {"psnr": finite_or_none(run.quality.mean_psnr), "ssim": run.quality.mean_ssim}
+                content["derived"][name] = mean
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> AuditFigures:
+        """The inverse of `to_json`."""
+        content = json.loads(text)
+        settings = content["settings"]
+        settings |= {name: tuple(settings[name]) for name in ("grid", "tile")}
+
+        def run(found: dict[str, Any] | None) -> SparseRun | None:
+            if found is None:
+                return None
+            psnr = tuple(math.inf if value is None else value for value in found["quality"]["psnr"])
+            quality = Quality(psnr, tuple(found["quality"]["ssim"]))
+            return SparseRun(found["density"], PassTime(**found["time"]), quality, found["latents_error"])
+
+        def figures(found: dict[str, Any]) -> CallFigures:
+            curve = (CurvePoint(p["asked"], tuple(p["density"]), tuple(p["error"])) for p in found["curve"])
+            return CallFigures(**{k: tuple(v) for k, v in found.items() if k != "curve"}, curve=tuple(curve))
+
+        sparse = run(content["sparse"])
+        assert sparse is not None
+        return cls(
+            AuditSettings(**settings),
+            tuple(CallAudit(**(call | {"figures": figures(call["figures"])})) for call in content["calls"]),
+            tuple(ForwardAudit(**forward) for forward in content["forwards"]),
+            PassTime(**content["dense"]),
+            sparse,
+            content["dense_forward"],
+            tuple(TimedDensity(**at) for at in content["times"]),
+            BudgetTable.from_json(json.dumps(content["table"])) if content["table"] else None,
+            run(content["budgeted"]),
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses inside a dict or tuple as JSON types."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _ratio(error: tuple[float, ...], output: tuple[float, ...]) -> float:
+    return math.sqrt(sum(error) / max(sum(output), 1e-30))
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,227 @@
+"""An audit of a small model with random weights, from the first generation to the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+import openvsa
+from openvsa.errors import OpenVSAError
+from openvsa.evaluate.audit import CURVE, Audit, Measured
+from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings, TimedDensity
+from openvsa.evaluate.audit_page import heatmaps, write_audit
+from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes
+from openvsa.models.shots import ShotTokens
+
+
+def pipeline() -> ClipPipeline:
+    torch.manual_seed(0)
+    components = 8
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=16, in_channels=2 * components,
+        out_channels=components, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    ).eval()  # fmt: skip
+    for name, weight in transformer.named_parameters():
+        if name.endswith(
+            (".to_q.weight", ".to_k.weight", ".to_v.weight", "attn1.norm_q.weight", "attn1.norm_k.weight")
+        ):
+            weight.data.mul_(3)  # random attention is nearly even; this makes it choose
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.5)
+    return ClipPipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        PatchTokenizer(num_components=components, num_time_cells=3),
+        ShotTokens(FilmShots.bundled().num_rows, num_tokens=2, dim=8),
+        scenes=bundled_scenes(),
+        frame_size=(48, 80),
+    )
+
+
+@pytest.fixture(scope="module")
+def audited() -> tuple[ClipPipeline, Measured, list[str]]:
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    phases: list[str] = []
+
+    def progress(name: str, parts: int) -> Any:
+        phases.append(name)
+        return lambda: phases.append(f"{name} done")
+
+    before = [block.attn1.processor for block in pipe.transformer.blocks]
+    audit = Audit(
+        pipe, partial(pipe, scene="glide", seed=1), density=0.25, steps=4, audited=(0, 2), tile=(2, 2, 2),
+        on_progress=progress,
+    )  # fmt: skip
+    found = audit.run(with_table=True)
+    assert [block.attn1.processor for block in pipe.transformer.blocks] == before
+    assert not pipe.transformer._forward_pre_hooks
+    return pipe, found, phases
+
+
+@pytest.fixture(scope="module")
+def figures(audited: tuple[ClipPipeline, Measured, list[str]]) -> AuditFigures:
+    found = audited[1]
+    settings = AuditSettings(
+        model="a model of noise", subject="</script> & sines", command="openvsa audit", seed=1, steps=4, density=0.25,
+        grid=found.layout.grid, tile=found.layout.tile, num_tiles=found.layout.num_tiles, query_blocks=64,
+        device="CPU", threads=1, versions={"torch": torch.__version__},
+    )  # fmt: skip
+    return AuditFigures(
+        settings, found.calls, found.forwards, found.dense, found.sparse, found.dense_forward, found.times, found.table,
+        found.budgeted,
+    )  # fmt: skip
+
+
+def test_every_layer_is_measured_in_every_audited_step(figures: AuditFigures) -> None:
+    assert [(call.step, call.layer) for call in figures.calls] == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert figures.layers == {0: "blocks.0.attn1", 1: "blocks.1.attn1"}
+    assert figures.steps[0] > figures.steps[2] > 0
+    for call in figures.calls:
+        assert len(call.figures.recall) == 2
+        assert all(0.25 <= share < 0.3 for share in call.figures.density)
+        assert all(
+            0 < ours <= best + 1e-6 for ours, best in zip(call.figures.recall, call.figures.oracle_recall, strict=True)
+        )
+        assert 0.001 < call.error < 1
+        errors = [sum(point.error) for point in call.figures.curve]
+        assert errors[-1] < errors[0]
+        assert len(errors) == len(CURVE)
+    assert figures.oracle_recall > figures.recall
+
+
+def test_a_layer_alone_changes_less_than_all(figures: AuditFigures) -> None:
+    for forward in figures.forwards:
+        assert set(forward.alone) == set(figures.layers.values())
+        assert 0 < max(forward.alone.values()) < 2 * forward.error
+
+
+def test_the_forwards_are_those_of_the_generation(audited: tuple[ClipPipeline, Measured, list[str]]) -> None:
+    """The change of the first step's prediction, made again by hand from the very first noise."""
+    pipe, found, _ = audited
+    seen: list[torch.Tensor] = []
+    hook = pipe.transformer.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    for density in (1.0, 0.25):
+        with openvsa.sparsify(pipe, density, tile=(2, 2, 2)):
+            pipe(scene="glide", seed=1, num_inference_steps=4)
+    hook.remove()
+    change = float((seen[4] - seen[0]).norm() / seen[0].norm())
+    assert found.forwards[0].error == pytest.approx(change, rel=1e-3)
+
+
+def test_the_table_spends_what_was_asked_for_and_is_used(audited: tuple[ClipPipeline, Measured, list[str]]) -> None:
+    pipe, found, _ = audited
+    assert found.table is not None
+    assert found.budgeted is not None
+    num_tiles = found.layout.num_tiles
+    assert found.table.mean == pytest.approx(math.ceil(0.25 * num_tiles) / num_tiles)
+    assert found.table.tile == (2, 2, 2)
+    assert found.budgeted.density == pytest.approx(found.sparse.density, rel=0.05), "tiles at borders are short"
+    assert len({share for heads in found.table.layers.values() for share in heads}) > 1
+    with openvsa.sparsify(pipe, budget=found.table) as handle:
+        pipe(scene="glide", seed=1, num_inference_steps=2)
+        for layer in handle.report().layers:
+            assert layer.delivered_density == pytest.approx(sum(found.table.layers[layer.name]) / 2, rel=1e-3)
+
+
+def test_progress_is_told(audited: tuple[ClipPipeline, Measured, list[str]]) -> None:
+    phases = audited[2]
+    assert phases.count("full attention done") == 4
+    assert phases.count("layers done") == 2
+
+
+def test_at_density_one_nothing_is_lost() -> None:
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    found = Audit(pipe, partial(pipe, scene="glide", seed=1), density=1.0, steps=2, audited=(1,)).run(with_table=False)
+    assert found.table is None
+    for call in found.calls:
+        assert call.figures.recall == pytest.approx((1.0, 1.0), abs=1e-5)
+        assert call.error < 1e-5
+    assert found.forwards[0].error < 1e-4
+    assert found.sparse.latents_error < 1e-4
+
+
+@pytest.mark.parametrize("audited", [(), (4,), (-1, 2)])
+def test_steps_that_do_not_exist(audited: tuple[int, ...]) -> None:
+    with pytest.raises(OpenVSAError, match=r"audited steps must be in 0\.\.3"):
+        Audit(None, lambda **_: torch.zeros(0), density=0.5, steps=4, audited=audited)
+
+
+def test_a_pipeline_that_tells_nothing_of_its_steps() -> None:
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+
+    def silent(num_inference_steps: int, callback_on_step_end: Any) -> torch.Tensor:
+        return pipe(scene="glide", num_inference_steps=num_inference_steps)
+
+    with pytest.raises(OpenVSAError, match="ClipPipeline did not call callback_on_step_end"):
+        Audit(pipe, silent, density=0.5, steps=2, audited=(1,)).run(with_table=False)
+
+
+def test_figures_survive_json(figures: AuditFigures) -> None:
+    assert AuditFigures.from_json(figures.to_json()) == figures
+    derived = json.loads(figures.to_json())["derived"]
+    assert derived["recall"] == pytest.approx(figures.recall)
+    assert json.loads(figures.to_json())["version"] == 1
+
+
+def test_break_even_and_ceiling_by_hand(figures: AuditFigures) -> None:
+    times = (TimedDensity(0.25, 2.0), TimedDensity(0.5, 3.0), TimedDensity(1.0, 5.0))
+    line = replace(figures, times=times, dense_forward=4.0)
+    assert line.overhead == pytest.approx(1.0)
+    assert line.break_even == pytest.approx(0.75)
+    assert replace(line, dense_forward=9.0).break_even == 1.0
+    assert replace(line, dense_forward=0.5).break_even is None
+    dense = replace(figures.dense, total_seconds=10.0, attention_seconds=6.0)
+    assert replace(figures, dense=dense).ceiling == pytest.approx(2.5)
+
+
+def test_the_page_holds_everything_and_needs_no_network(
+    figures: AuditFigures, audited: tuple[ClipPipeline, Measured, list[str]], tmp_path: Path
+) -> None:
+    found = audited[1]
+    page = write_audit(figures, tmp_path / "new", clip=found.sparse_clip, attention=found.attention)
+    assert sorted(path.name for path in page.parent.iterdir()) == ["audit.html", "audit.json"]
+    text = page.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert "&lt;/script&gt; &amp; sines" in text
+    for key in (
+        "error-head",
+        "recall-head",
+        "error-step",
+        "recall-step",
+        "budget-head",
+        "budget-table",
+        "picture-data",
+    ):
+        assert f'id="{key}"' in text
+    data = json.loads(text.split('id="picture-data">')[1].split("</script>")[0])
+    assert [step["step"] for step in data["steps"]] == [0, 2], "steps are those of the generation"
+    assert AuditFigures.from_json((page.parent / "audit.json").read_text()) == figures
+
+
+def test_a_page_without_picture_and_table(figures: AuditFigures, tmp_path: Path) -> None:
+    text = write_audit(replace(figures, table=None, budgeted=None), tmp_path).read_text()
+    assert 'id="picture' not in text
+    assert 'id="budget' not in text
+
+
+def test_heatmaps_shade_the_worst_cell_darkest(figures: AuditFigures) -> None:
+    maps = {found.key: found for found in heatmaps(figures)}
+    for key, best in (("error-head", 0.0), ("recall-head", 1.0)):
+        shades = [cell[1] for _, cells in maps[key].rows for cell in cells if cell]
+        assert len(shades) == 4, f"two layers by two heads; {best} would be white"
+        assert max(shades) == 1.0
+        assert min(shades) > 0
+    assert maps["error-step"].columns == ("step 0", "step 2")
+    assert [name for name, _ in maps["error-step"].rows] == ["0 blocks.0.attn1", "1 blocks.1.attn1"]
