@@ -12,6 +12,12 @@ __all__ = ["Family", "Hoist", "Sequence", "family_of", "supported"]
 
 # Diffusers class -> (module here, its Family). One line each.
 _FAMILIES = {
+    "CogVideoXTransformer3DModel": ("cogvideox", "CogVideoX"),
+    "Flux2Transformer2DModel": ("flux", "Flux2"),
+    "FluxTransformer2DModel": ("flux", "Flux"),
+    "HunyuanVideo15Transformer3DModel": ("hunyuan_video15", "HunyuanVideo15"),
+    "HunyuanVideoTransformer3DModel": ("hunyuan_video", "HunyuanVideo"),
+    "MochiTransformer3DModel": ("mochi", "Mochi"),
     "WanTransformer3DModel": ("wan", "Wan"),
     "WanVACETransformer3DModel": ("wan", "Wan"),
     "WanAnimateTransformer3DModel": ("wan", "Wan"),

@@ -1,0 +1,34 @@
+"""HunyuanVideo: video tokens, then padded text, in two-stream and after them one-stream blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from openvsa.integrations.families.base import Family, Sequence, argument
+from openvsa.integrations.families.joint import block_attentions, latent_grid
+
+__all__ = ["HunyuanVideo"]
+
+
+class HunyuanVideo(Family):
+    """HunyuanVideoTransformer3DModel, text-to-video and both kinds of image-to-video.
+
+    The transformer masks keys past a sample's first `encoder_attention_mask.sum()` text tokens. The attention of its
+    text refiner stays dense.
+    """
+
+    name = "HunyuanVideo"
+    transformers = ("HunyuanVideoTransformer3DModel",)
+
+    def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
+        return block_attentions(transformer, ("transformer_blocks", "single_transformer_blocks"), "attn")
+
+    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+        config = transformer.config
+        latents: Tensor = argument(transformer, "hidden_states", args, kwargs)  # [B, C, T, H, W]
+        mask: Tensor = argument(transformer, "encoder_attention_mask", args, kwargs)  # [B, text], 0 is padding
+        grid = latent_grid(latents, (2, 3, 4), (config.patch_size_t, config.patch_size, config.patch_size))
+        return Sequence(grid, suffix=mask.shape[1], text_lengths=tuple(int(n) for n in mask.sum(dim=1).tolist()))

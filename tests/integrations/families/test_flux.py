@@ -1,0 +1,146 @@
+"""Flux.1 and Flux.2: text first, then an image of two dimensions, then reference images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+from torch import Tensor, nn
+
+import openvsa
+from joint_family import JointFamilyTests, close, perturbed, run
+from openvsa.integrations.families.flux import image_grid
+
+TEXT = 7
+
+
+def build() -> nn.Module:
+    return perturbed(
+        FluxTransformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            pooled_projection_dim=8,
+            axes_dims_rope=(4, 6, 6),
+        )
+    )
+
+
+def ids(height: int, width: int, image: int = 0, columns: int = 3) -> Tensor:
+    table = torch.zeros(height, width, columns)
+    table[..., 0] = image
+    table[..., 1] = torch.arange(height)[:, None]
+    table[..., 2] = torch.arange(width)
+    return table.flatten(0, 1)
+
+
+def call(
+    grid: tuple[int, ...], text: tuple[int, ...] = (TEXT,), reference: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    table = ids(*grid)
+    if reference:
+        table = torch.cat([table, ids(*reference, image=1)])
+    return {
+        "hidden_states": torch.randn(len(text), len(table), 4, generator=generator),
+        "encoder_hidden_states": torch.randn(len(text), TEXT, 12, generator=generator),
+        "pooled_projections": torch.randn(len(text), 8, generator=generator),
+        "timestep": torch.full((len(text),), 0.5),
+        "img_ids": table,
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+
+
+class TestFlux(JointFamilyTests):
+    grids = ((6, 8), (13, 17), (1, 1), (5, 3), (1, 9), (9, 1))
+    layers = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn")
+    steps = (1.0, 0.9, 0.8, 0.7)
+    forward = ("encoder_hidden_states", "timestep", "img_ids")
+
+    def model(self) -> nn.Module:
+        return build()
+
+    def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (TEXT,)) -> dict[str, Any]:
+        return call(grid, text)
+
+
+class TestFlux2(JointFamilyTests):
+    grids = ((6, 8), (13, 17), (5, 3))
+    layers = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")
+    steps = (1.0, 0.9, 0.8, 0.7)
+    forward = ("encoder_hidden_states", "timestep", "img_ids", "kv_cache_mode")
+
+    def model(self) -> nn.Module:
+        return perturbed(
+            Flux2Transformer2DModel(
+                in_channels=4,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=12,
+                timestep_guidance_channels=16,
+                mlp_ratio=2.0,
+                axes_dims_rope=(4, 4, 4, 4),
+            )
+        )
+
+    def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (TEXT,)) -> dict[str, Any]:
+        inputs = call(grid, text)
+        inputs.pop("pooled_projections")
+        image = torch.cat([ids(*grid, columns=4), ids(2, 3, image=10, columns=4)])
+        inputs["hidden_states"] = torch.randn(len(text), len(image), 4, generator=torch.Generator().manual_seed(2))
+        inputs["img_ids"] = image.expand(len(text), -1, -1)
+        inputs["txt_ids"] = torch.zeros(len(text), TEXT, 4)
+        inputs["guidance"] = torch.full((len(text),), 3.5)
+        return inputs
+
+    def test_a_key_value_cache_is_refused(self) -> None:
+        model = self.model()
+        openvsa.sparsify(model, density=0.3)
+        with pytest.raises(openvsa.UnsupportedError, match="kv_cache_mode='extract'"):
+            run(model, {**self.inputs((6, 8)), "kv_cache_mode": "extract", "num_ref_tokens": 6})
+
+
+def test_a_reference_image_stays_dense() -> None:
+    model, inputs, events = build(), call((6, 8), reference=(3, 4)), []
+    dense = run(model, inputs)
+    with openvsa.sparsify(model, density=1.0) as handle:
+        handle.on_attention(events.append)
+        close(run(model, inputs), dense)
+        handle.density = 0.3
+        run(model, inputs)
+    assert {(event.layout.grid, event.layout.prefix, event.layout.suffix) for event in events} == {((6, 8), TEXT, 12)}
+    text = list(events[-1].layout.text_blocks)
+    assert events[-1].plan.block_mask()[..., text].all()
+
+
+def test_large_images_in_bfloat16_ids() -> None:
+    assert image_grid(ids(300, 270).bfloat16()) == (300, 270)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        ids(4, 6).view(4, 6, 3).transpose(0, 1).flatten(0, 1),
+        torch.cat([ids(4, 6), ids(4, 3)]),
+        ids(4, 6).flip(0),
+        torch.zeros(5, 2),
+    ],
+)
+def test_ids_that_are_no_image_are_refused(table: Tensor) -> None:
+    with pytest.raises(openvsa.UnsupportedError, match=r"raster order|expected img_ids"):
+        image_grid(table)
+
+
+def test_an_image_that_does_not_fit_its_ids_is_refused() -> None:
+    model, inputs = build(), call((6, 8))
+    inputs["img_ids"] = ids(6, 7)
+    openvsa.sparsify(model, density=0.3)
+    with pytest.raises((openvsa.ShapeError, RuntimeError)):
+        run(model, inputs)

@@ -1,0 +1,80 @@
+"""HunyuanVideo: text last, padded, in two-stream and one-stream blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import nn
+
+import openvsa
+from joint_family import JointFamilyTests, close, perturbed, run
+
+TEXT = 11
+
+
+def build(image: str | None = None, patch_t: int = 1) -> nn.Module:
+    return perturbed(
+        HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            patch_size=2,
+            patch_size_t=patch_t,
+            text_embed_dim=16,
+            pooled_projection_dim=8,
+            rope_axes_dim=(4, 6, 6),
+            image_condition_type=image,
+        )
+    )
+
+
+def call(grid: tuple[int, ...], text: tuple[int, ...] = (7,), patch_t: int = 1) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    t, h, w = grid
+    return {
+        "hidden_states": torch.randn(len(text), 4, t * patch_t, 2 * h, 2 * w, generator=generator),
+        "timestep": torch.full((len(text),), 500.0),
+        "encoder_hidden_states": torch.randn(len(text), TEXT, 16, generator=generator),
+        "encoder_attention_mask": (torch.arange(TEXT) < torch.tensor(text)[:, None]).long(),
+        "pooled_projections": torch.randn(len(text), 8, generator=generator),
+        "guidance": torch.full((len(text),), 6000.0),
+    }
+
+
+class TestHunyuanVideo(JointFamilyTests):
+    layers = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn")
+    dense_attentions = 1
+    forward = ("hidden_states", "timestep", "encoder_attention_mask")
+    config = ("patch_size", "patch_size_t")
+    texts = (4, TEXT)
+
+    def model(self) -> nn.Module:
+        return build()
+
+    def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (7,)) -> dict[str, Any]:
+        return call(grid, text)
+
+
+@pytest.mark.parametrize(("image", "patch_t"), [("token_replace", 1), ("latent_concat", 1), (None, 2)])
+def test_image_to_video_and_patches_of_frames(image: str | None, patch_t: int) -> None:
+    model, inputs = build(image, patch_t), call((3, 4, 5), (4, TEXT), patch_t)
+    dense = run(model, inputs)
+    with openvsa.sparsify(model, density=1.0) as handle:
+        close(run(model, inputs), dense)
+        assert {layer.grid for layer in handle.report().layers} == {(3, 4, 5)}
+
+
+def test_padding_is_never_read() -> None:
+    model, inputs = build(), call((3, 4, 6), (4, TEXT))
+    with openvsa.sparsify(model, density=0.3):
+        before = run(model, inputs)
+        inputs["encoder_hidden_states"][0, 4:] = 1e4
+        assert torch.equal(run(model, inputs), before)

@@ -1,0 +1,71 @@
+"""Mochi: the valid text of each sample last, one attention call for each sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import MochiTransformer3DModel
+from torch import nn
+
+import openvsa
+from joint_family import JointFamilyTests, close, perturbed, run
+
+TEXT = 9
+
+
+def build() -> nn.Module:
+    return perturbed(
+        MochiTransformer3DModel(
+            patch_size=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            pooled_projection_dim=16,
+            in_channels=4,
+            text_embed_dim=16,
+            time_embed_dim=8,
+            max_sequence_length=TEXT,
+        )
+    )
+
+
+def call(grid: tuple[int, ...], text: tuple[int, ...] = (7,)) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    t, h, w = grid
+    return {
+        "hidden_states": torch.randn(len(text), 4, t, 2 * h, 2 * w, generator=generator),
+        "encoder_hidden_states": torch.randn(len(text), TEXT, 16, generator=generator),
+        "timestep": torch.full((len(text),), 500.0),
+        "encoder_attention_mask": torch.arange(TEXT) < torch.tensor(text)[:, None],
+    }
+
+
+class TestMochi(JointFamilyTests):
+    layers = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
+    forward = ("hidden_states", "timestep", "encoder_attention_mask")
+    config = ("patch_size",)
+    steps = (0.0, 0.78, 1.56, 2.34)  # rising, unlike everyone else's
+    texts = (0, TEXT)  # an empty negative prompt has no valid token
+
+    def model(self) -> nn.Module:
+        return build()
+
+    def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (7,)) -> dict[str, Any]:
+        return call(grid, text)
+
+
+def test_valid_tokens_need_not_come_first() -> None:
+    model, inputs = build(), call((3, 4, 6), (5, 5))
+    inputs["encoder_attention_mask"][0] = inputs["encoder_attention_mask"][0].flip(0)
+    dense = run(model, inputs)
+    with openvsa.sparsify(model, density=1.0):
+        close(run(model, inputs), dense)
+
+
+def test_samples_of_one_length() -> None:
+    model, inputs = build(), call((3, 4, 6), (TEXT, TEXT))
+    dense = run(model, inputs)
+    with openvsa.sparsify(model, density=1.0) as handle:
+        close(run(model, inputs), dense)
+        assert torch.equal(torch.tensor([layer.delivered_density for layer in handle.report().layers]), torch.ones(2))
