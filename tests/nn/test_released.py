@@ -1,14 +1,8 @@
-"""The attention of the released VSA weights against a plain statement of their contract.
-
-The statement below is the authors' form: every tile padded to 64 slots, dense scores with a mask, choice by sorting. It
-shares no code with ours.
-"""
+"""The attention of the released VSA weights against a plain statement of their contract."""
 
 from __future__ import annotations
 
 import math
-from itertools import product
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,71 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from openvsa import Budget, BudgetError, ShapeError, TileLayout
 from openvsa.nn.released import released_attention
-from openvsa.select import PooledTopK
-from openvsa.select.released import ReleasedVSA
+from openvsa.select import PooledTopK, ReleasedVSA
+from vsa_contract import contract, slots_of
 
 GRIDS = [(5, 7, 9), (4, 8, 8), (6, 6, 10), (9, 4, 5), (1, 1, 1)]
-
-
-class Contract(NamedTuple):
-    out: Tensor  # [B, S, H, D], raster order
-    kept: Tensor  # bool [B, H, N, N]
-    compressed: Tensor  # [B, S, H, D], before the branch weight
-
-
-def contract(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, grid: tuple[int, int, int], kept_tiles: int) -> Contract:
-    """What the authors' code computes, for raster q, k, v and weight [B, S, H, D]."""
-    tiles, lens = slots_of(grid)
-    batch, _, heads, dim = q.shape
-    num = len(lens)
-    filled = torch.arange(64) < lens[:, None]
-
-    def padded(x: Tensor) -> Tensor:
-        buffer = torch.zeros(batch, heads, num, 64, dim, dtype=x.dtype)
-        for tile, tokens in enumerate(tiles):
-            buffer[:, :, tile, : len(tokens)] = x[:, tokens].transpose(1, 2)
-        return buffer
-
-    q, k, v, weight = padded(q), padded(k), padded(v), padded(weight)
-    q_c, k_c, v_c = ((x.float().sum(3) / lens[:, None]).to(x.dtype) for x in (q, k, v))
-    scores = torch.matmul(q_c, k_c.transpose(-2, -1)) / math.sqrt(dim)
-    compressed = torch.matmul(torch.softmax(scores, -1), v_c)
-
-    kept = torch.zeros(scores.shape, dtype=torch.bool)
-    for row in product(*map(range, scores.shape[:3])):
-        values = scores[row].tolist()
-        best = sorted(range(num), key=lambda tile: (-values[tile], tile))[:kept_tiles]
-        kept[row][best] = True
-
-    wide = q.flatten(2, 3).float() @ k.flatten(2, 3).float().transpose(-2, -1) / math.sqrt(dim)
-    readable = kept.repeat_interleave(64, 2).repeat_interleave(64, 3) & filled.flatten()
-    sparse = wide.masked_fill(~readable, -math.inf).softmax(-1) @ v.flatten(2, 3).float()
-    sparse = sparse.to(q.dtype).unflatten(2, (num, 64))
-    compressed = compressed[:, :, :, None].expand_as(sparse)
-    out = compressed * weight + sparse
-
-    def raster(x: Tensor) -> Tensor:
-        packed = torch.cat([x[:, :, tile, : len(tokens)] for tile, tokens in enumerate(tiles)], 2)
-        return packed[:, :, torch.tensor([token for tokens in tiles for token in tokens]).argsort()].transpose(1, 2)
-
-    return Contract(raster(out), kept, raster(compressed))
-
-
-def slots_of(grid: tuple[int, int, int]) -> tuple[list[list[int]], Tensor]:
-    """The raster indices of the tokens of each 4 x 4 x 4 tile, and how many there are."""
-    t, h, w = grid
-    tiles = [
-        [
-            (a * h + b) * w + c
-            for a in range(i, min(i + 4, t))
-            for b in range(j, min(j + 4, h))
-            for c in range(k, min(k + 4, w))
-        ]
-        for i in range(0, t, 4)
-        for j in range(0, h, 4)
-        for k in range(0, w, 4)
-    ]
-    return tiles, torch.tensor([len(tile) for tile in tiles])
 
 
 def tensors(

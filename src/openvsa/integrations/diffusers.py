@@ -17,11 +17,12 @@ from torch import nn
 
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, OpenVSAError, ShapeError, UnsupportedError
+from openvsa.integrations.branch import LearnedBranch
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, family_of
 from openvsa.integrations.intercept import SparseProcessor, wrap
 from openvsa.integrations.report import AttentionCallback, SparsityReport
-from openvsa.integrations.session import Branch, Session, Site
+from openvsa.integrations.session import Session, Site
 from openvsa.select import BudgetTable, PooledTopK, Selector
 
 __all__ = ["SparseHandle", "SparsityConfig", "attach", "observe", "sparsify"]
@@ -41,7 +42,8 @@ def sparsify(
     """Replace the video self-attention of a Diffusers model by sparse attention, in place.
 
     Cross-attention stays as it is, and so do the rows and columns of text. Any resolution and frame count works, also
-    changing ones. `openvsa.integrations.families.supported()` names the transformers that can be sparse.
+    changing ones. `openvsa.integrations.families.supported()` names the transformers that can be sparse. A model with
+    branch weights (see `openvsa.integrations.branch`) gets its compressed branch in every sparse call.
 
     Args:
         model: a pipeline (its `transformer`, and `transformer_2` where there is one) or a transformer.
@@ -93,16 +95,13 @@ def attach(
     *,
     tile: tuple[int, ...] | None = None,
     measure: bool = True,
-    branch: Branch | None = None,
 ) -> SparseHandle:
-    """What `sparsify` and `observe` do (config None: observe, in tiles of `tile`); `branch` adds a compressed branch.
+    """What `sparsify` and `observe` do (config None: observe, in tiles of `tile`).
 
     Raises:
         UnsupportedError, OpenVSAError: as in `sparsify`.
     """
-    session = Session(config, tile, measure, branch, scheduler=getattr(model, "scheduler", None))
-    if branch is not None and config is not None and config.reuse_steps > 1:
-        raise UnsupportedError("plans cannot be reused with a compressed branch; leave reuse_steps at 1", {})
+    session = Session(config, tile, measure, scheduler=getattr(model, "scheduler", None))
     found: list[tuple[Any, Family, list[tuple[nn.Module, SparseProcessor]]]] = []
     names: list[str] = []
     for part, transformer in _transformers(model):
@@ -113,6 +112,7 @@ def attach(
             layers.append((attn, wrap(attn.processor, len(names), name, family, session)))
             names.append(name)
         found.append((transformer, family, layers))
+        session.branch = LearnedBranch.of([attn for attn, _ in layers]) or session.branch
     # Everything that can be wrong is found before the model is changed.
     sites = [
         Site(
@@ -201,6 +201,8 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
     """Put settings into force, after checking that they fit the model."""
     if config is not None:
         dense = config.check_layers(names)
+        if session.branch is not None and config.reuse_steps > 1:
+            raise UnsupportedError("plans cannot be reused with a compressed branch; leave reuse_steps at 1", {})
         if config.dense_last_steps and getattr(session.scheduler, "timesteps", None) is None:
             raise UnsupportedError(
                 "dense_last_steps needs to know how many steps there are: give sparsify the pipeline, whose scheduler "

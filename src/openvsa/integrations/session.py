@@ -24,7 +24,7 @@ from openvsa.integrations.tally import Tally
 from openvsa.layout import TileLayout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
-from openvsa.select import select_by_head
+from openvsa.select import Selector, select_by_head
 
 __all__ = ["Branch", "Forward", "Kept", "Session", "Site"]
 
@@ -34,12 +34,22 @@ _LAYOUTS = 64  # kept at a time: a layout of 100,000 tokens has index tensors of
 class Branch(Protocol):
     """A compressed branch beside the sparse one, for models that were trained with it."""
 
-    def weight(self, attn: nn.Module, hidden_states: Tensor) -> Tensor:
-        """The branch weight [B, S, H, D], in the token order of hidden_states [B, S, C]."""
+    def weight(self, attn: nn.Module, hidden_states: Tensor) -> Tensor | None:
+        """The branch weight [B, S, H, D], in the token order of hidden_states [B, S, C]; None where there is none."""
         ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, layout: TileLayout, *, scale: float | None, backend: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight: Tensor,
+        layout: TileLayout,
+        budget: Budget | tuple[Budget, ...],
+        selector: Selector,
+        *,
+        scale: float | None,
+        backend: str,
     ) -> tuple[Tensor, BlockPlan]:
         """Both branches together: [B, S, H, D] and the plan of the sparse one. All tensors are in block order."""
         ...
@@ -218,7 +228,9 @@ class Session:
             weight = None if weight is None else layout.permute(weight)
         if weight is not None:
             assert self.branch is not None
-            out, plan = self.branch.attend(q, k, v, weight, layout, scale=scale, backend=config.backend)
+            out, plan = self.branch.attend(
+                q, k, v, weight, layout, budget, config.selector, scale=scale, backend=config.backend
+            )
         else:
             kept = processor.kept
             plan = None if kept is None else kept.plans.get(place)

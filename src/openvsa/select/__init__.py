@@ -4,11 +4,13 @@ from openvsa.select.base import Selector
 from openvsa.select.by_head import select_by_head
 from openvsa.select.pool import permute_pool, pool_mean, spread, unpermute_add
 from openvsa.select.pooled import PooledTopK, pooled_scores
+from openvsa.select.released import ReleasedVSA
 from openvsa.select.table import BudgetTable
 
 __all__ = [
     "BudgetTable",
     "PooledTopK",
+    "ReleasedVSA",
     "Selector",
     "permute_pool",
     "pool_mean",

@@ -80,6 +80,17 @@ class ReleasedVSA:
         # Not Budget.blocks, which undoes the rounding error of this product.
         return max(1, min(math.ceil((1 - self.sparsity) * whole), tiles))
 
+    def check(self, budget: Budget | tuple[Budget, ...]) -> None:
+        """Refuse any budget but `budget`: this rule decides by itself how many tiles are kept.
+
+        Raises:
+            BudgetError: the budget is another.
+        """
+        if budget != self.budget:
+            raise BudgetError(
+                f"the sparsity of {self} decides how many tiles are kept; give {self.budget}, got {budget}"
+            )
+
     def __call__(self, q: Tensor, k: Tensor, layout: TileLayout, budget: Budget) -> BlockPlan:
         """See Selector.
 
@@ -87,10 +98,7 @@ class ReleasedVSA:
             BudgetError: the budget is not that of this sparsity.
             ShapeError: as in `kept`.
         """
-        if budget != self.budget:
-            raise BudgetError(
-                f"the sparsity of {self} decides how many tiles are kept; give {self.budget}, got {budget}"
-            )
+        self.check(budget)
         q_means, k_means = self.means(q.detach(), layout), self.means(k.detach(), layout)
         return self.plan(self.scores(q_means, k_means), layout)
 
