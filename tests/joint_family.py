@@ -78,6 +78,10 @@ class JointFamilyTests:
     def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (7,)) -> dict[str, Any]:
         raise NotImplementedError
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        """A Diffusers pipeline around the model, and arguments that make it generate without encoders."""
+        raise NotImplementedError
+
     def large(self) -> tuple[int, ...]:
         return self.grids[1]
 
@@ -172,6 +176,30 @@ class JointFamilyTests:
         assert [torch.equal(one, other) for one, other in zip(got, dense, strict=True)] == [True, True, False, False]
         plans = [event.plan for event in events if event.plan is not None]
         assert len(plans) == 2 * len({id(plan) for plan in plans}) > 0
+
+    def test_its_pipeline(self) -> None:
+        """The real pipeline calls the transformer as the family expects, step by step and branch by branch."""
+        pipe, arguments = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+
+        def generate() -> Tensor:
+            noise = torch.Generator().manual_seed(4)
+            return pipe(**arguments, num_inference_steps=5, generator=noise, output_type="latent", return_dict=False)[0]
+
+        events, dense = list[AttentionEvent](), generate()
+        config = SparsityConfig(density=0.3, tile=(2,) * len(self.grids[0]), dense_first_steps=2, reuse_steps=2)
+        with openvsa.sparsify(pipe, config=config) as handle:
+            handle.on_attention(events.append)
+            sparse = generate()
+            report = handle.report()
+            assert torch.equal(generate(), sparse)  # a new generation begins anew
+        assert not torch.equal(sparse, dense)
+        assert torch.equal(generate(), dense)
+        each_step = report.layers[0].calls // 5
+        assert {(layer.calls, layer.sparse_calls) for layer in report.layers} == {(5 * each_step, 3 * each_step)}
+        plans = [id(event.plan) for event in events if event.plan is not None]
+        assert len(plans) == 2 * 3 * each_step * len(self.layers)
+        assert len(set(plans)) == 2 * 2 * each_step * len(self.layers)  # steps 2 and 3 share theirs
 
     def test_attention_outside_a_forward_is_refused(self) -> None:
         model = self.model()

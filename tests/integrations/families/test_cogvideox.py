@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import nn
 
@@ -62,6 +62,14 @@ class TestCogVideoX(JointFamilyTests):
 
     def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (7,)) -> dict[str, Any]:
         return call(grid, text)
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe = CogVideoXPipeline(None, None, None, self.model(), CogVideoXDDIMScheduler())
+        return pipe, {
+            "prompt_embeds": torch.randn(1, 7, 12),
+            "negative_prompt_embeds": torch.randn(1, 7, 12),
+            "height": 64, "width": 96, "num_frames": 9,
+        }  # fmt: skip
 
 
 class TestCogVideoX15(TestCogVideoX):

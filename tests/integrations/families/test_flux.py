@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch import Tensor, nn
 
 import openvsa
@@ -68,6 +74,16 @@ class TestFlux(JointFamilyTests):
     def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (TEXT,)) -> dict[str, Any]:
         return call(grid, text)
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, self.model())  # pyright: ignore[reportArgumentType]
+        return pipe, {
+            "prompt_embeds": torch.randn(1, TEXT, 12),
+            "pooled_prompt_embeds": torch.randn(1, 8),
+            "negative_prompt_embeds": torch.randn(1, TEXT, 12),
+            "negative_pooled_prompt_embeds": torch.randn(1, 8),
+            "true_cfg_scale": 2.0, "height": 128, "width": 192,
+        }  # fmt: skip
+
 
 class TestFlux2(JointFamilyTests):
     grids = ((6, 8), (13, 17), (5, 3))
@@ -99,6 +115,10 @@ class TestFlux2(JointFamilyTests):
         inputs["txt_ids"] = torch.zeros(len(text), TEXT, 4)
         inputs["guidance"] = torch.full((len(text),), 3.5)
         return inputs
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe = Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, self.model())  # pyright: ignore[reportArgumentType]
+        return pipe, {"prompt_embeds": torch.randn(1, TEXT, 12), "height": 128, "width": 192}
 
     def test_a_key_value_cache_is_refused(self) -> None:
         model = self.model()

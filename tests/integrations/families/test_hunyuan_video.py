@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HunyuanVideoTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from torch import nn
 
 import openvsa
@@ -61,6 +61,16 @@ class TestHunyuanVideo(JointFamilyTests):
 
     def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (7,)) -> dict[str, Any]:
         return call(grid, text)
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+        pipe = HunyuanVideoPipeline(None, None, self.model(), None, scheduler, None, None)
+        return pipe, {
+            "prompt_embeds": torch.randn(1, TEXT, 16),
+            "prompt_attention_mask": (torch.arange(TEXT)[None] < 5).long(),
+            "pooled_prompt_embeds": torch.randn(1, 8),
+            "height": 64, "width": 96, "num_frames": 9,
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize(("image", "patch_t"), [("token_replace", 1), ("latent_concat", 1), (None, 2)])

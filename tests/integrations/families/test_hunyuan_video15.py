@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
+from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 
 import openvsa
@@ -14,10 +20,10 @@ from joint_family import JointFamilyTests, close, perturbed, run
 TEXT, GLYPHS, IMAGE = 9, 5, 3
 
 
-def build() -> nn.Module:
+def build(channels: int = 4) -> nn.Module:
     return perturbed(
         HunyuanVideo15Transformer3DModel(
-            in_channels=4,
+            in_channels=channels,
             out_channels=4,
             num_attention_heads=2,
             attention_head_dim=16,
@@ -58,6 +64,20 @@ class TestHunyuanVideo15(JointFamilyTests):
 
     def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (7,)) -> dict[str, Any]:
         return call(grid, text)
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        vae = AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1)  # pyright: ignore[reportArgumentType]
+        scheduler, guider = FlowMatchEulerDiscreteScheduler(shift=7.0), ClassifierFreeGuidance(guidance_scale=4.0)
+        model = build(channels=4 + 4 + 1)  # latents, those of an image, and where there is one
+        pipe: Any = HunyuanVideo15Pipeline(None, None, model, vae, scheduler, None, None, guider)
+        pipe.vision_num_semantic_tokens, pipe.vision_states_dim = IMAGE, 8
+        branches = {}
+        for branch, length in (("", 5), ("negative_", 2)):
+            branches[f"{branch}prompt_embeds"] = torch.randn(1, TEXT, 16)
+            branches[f"{branch}prompt_embeds_mask"] = (torch.arange(TEXT)[None] < length).long()
+            branches[f"{branch}prompt_embeds_2"] = torch.randn(1, GLYPHS, 8)
+            branches[f"{branch}prompt_embeds_mask_2"] = torch.zeros(1, GLYPHS).long()
+        return pipe, {**branches, "height": 64, "width": 96, "num_frames": 9}
 
 
 def test_image_to_video() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import MochiTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
 from torch import nn
 
 import openvsa
@@ -53,6 +53,16 @@ class TestMochi(JointFamilyTests):
 
     def inputs(self, grid: tuple[int, ...], text: tuple[int, ...] = (7,)) -> dict[str, Any]:
         return call(grid, text)
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe = MochiPipeline(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), None, None, None, self.model())
+        return pipe, {
+            "prompt_embeds": torch.randn(1, TEXT, 16),
+            "prompt_attention_mask": torch.arange(TEXT)[None] < 5,
+            "negative_prompt_embeds": torch.randn(1, TEXT, 16),
+            "negative_prompt_attention_mask": torch.zeros(1, TEXT, dtype=torch.bool),
+            "height": 96, "width": 128, "num_frames": 13,
+        }  # fmt: skip
 
 
 def test_valid_tokens_need_not_come_first() -> None:
