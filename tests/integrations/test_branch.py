@@ -195,10 +195,15 @@ def test_saved_and_loaded_again(model: WanTransformer3DModel, released: tuple, t
 
 def test_compiled_blocks_trace_without_graph_breaks(model: WanTransformer3DModel, released: tuple) -> None:
     load_branch(model, released[0])
-    sparsify_released(model, ReleasedVSA(0.5))
-    eager = run(model)
+    eager = {}
+    methods = (ReleasedVSA(0.5), ReleasedVSA(0.7, "tokens"))
+    for method in methods:
+        with sparsify_released(model, method):
+            eager[method] = run(model)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(model), eager)
+    for method in methods:
+        with sparsify_released(model, method):
+            torch.testing.assert_close(run(model), eager[method])
 
 
 def test_the_settings_are_kept_in_a_file(tmp_path: Path) -> None:
@@ -211,9 +216,14 @@ def test_the_settings_are_kept_in_a_file(tmp_path: Path) -> None:
 def test_settings_that_a_released_model_cannot_have(model: WanTransformer3DModel, released: tuple) -> None:
     load_branch(model, released[0])
     method = ReleasedVSA(0.5)
-    with openvsa.sparsify(model, density=0.2, selector=method, tile=method.tile):
-        with pytest.raises(openvsa.BudgetError, match=r"decides how many tiles are kept; give Budget\(.*0.5"):
-            run(model)
+    with pytest.raises(openvsa.BudgetError, match=r"decides how many tiles are kept; give Budget\(.*0.5"):
+        openvsa.sparsify(model, density=0.2, selector=method, tile=method.tile)
+    with sparsify_released(model, method) as handle, pytest.raises(openvsa.BudgetError, match="decides how many"):
+        handle.density = 0.3
+    for table in ({"steps": {0: 0.3}}, {"layers": {"blocks.0.attn1": 0.3}}):
+        config = SparsityConfig(budget=method.budget, selector=method, tile=method.tile, **table)
+        with pytest.raises(openvsa.BudgetError, match="keeps alike in all steps and layers"):
+            openvsa.sparsify(model, config=config)
     with openvsa.sparsify(model, budget=method.budget, selector=method, tile=(2, 4, 4)):
         with pytest.raises(openvsa.ShapeError, match=r"tiles of \(4, 4, 4\)"):
             run(model)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from openvsa.config import Budget
-from openvsa.errors import OpenVSAError, ShapeError, UnsupportedError, require
+from openvsa.errors import BudgetError, OpenVSAError, ShapeError, UnsupportedError, require
 from openvsa.integrations.checkpoint import BRANCH, read_branch
+from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.intercept import SparseProcessor
 from openvsa.layout import TileLayout
 from openvsa.nn.functional import compressed_attention
@@ -23,7 +24,7 @@ from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
 from openvsa.select import PooledTopK, ReleasedVSA, Selector, pool_mean, select_by_head, spread
 
-__all__ = ["LearnedBranch", "add_branch", "load_branch", "remove_branch"]
+__all__ = ["LearnedBranch", "add_branch", "check_settings", "load_branch", "remove_branch"]
 
 
 def add_branch(transformer: Any) -> None:
@@ -114,6 +115,21 @@ def _attentions(transformer: Any) -> list[tuple[str, Any]]:
     return layers
 
 
+def check_settings(config: SparsityConfig, branch: bool) -> None:
+    """Refuse settings that a model with a compressed branch (`branch`), or the selector ReleasedVSA, cannot have.
+
+    Raises:
+        UnsupportedError: plans would be reused with a compressed branch.
+        BudgetError: the selector decides by itself how many tiles are kept, and the settings say otherwise.
+    """
+    if branch and config.reuse_steps > 1:
+        raise UnsupportedError("plans cannot be reused with a compressed branch; leave reuse_steps at 1", {})
+    if isinstance(config.selector, ReleasedVSA):
+        config.selector.check(config.base)
+        if config.steps or config.layers:
+            raise BudgetError(f"{config.selector} keeps alike in all steps and layers; leave out steps and layers")
+
+
 class LearnedBranch:
     """Sparse branch + branch weight * compressed branch, in layers that have the linear map. See `sparsify`."""
 
@@ -154,12 +170,8 @@ class LearnedBranch:
 
         With the selector ReleasedVSA in the order and with the rounding of the authors of VSA; with any other as in
         `openvsa.video_sparse_attention`.
-
-        Raises:
-            BudgetError: the selector is ReleasedVSA and the budget is not its own.
         """
         if isinstance(selector, ReleasedVSA):
-            selector.check(budget)
             if scale not in (None, q.shape[-1] ** -0.5):
                 raise UnsupportedError(f"the released VSA weights have the scale 1 / sqrt(head_dim), got {scale}", {})
             return released_attention(q, k, v, weight.to(q.dtype), layout, selector, backend=backend)

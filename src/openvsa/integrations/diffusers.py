@@ -17,7 +17,7 @@ from torch import nn
 
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, OpenVSAError, ShapeError, UnsupportedError
-from openvsa.integrations.branch import LearnedBranch
+from openvsa.integrations.branch import LearnedBranch, check_settings
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, family_of
 from openvsa.integrations.intercept import SparseProcessor, wrap
@@ -115,9 +115,7 @@ def attach(
         session.branch = LearnedBranch.of([attn for attn, _ in layers]) or session.branch
     # Everything that can be wrong is found before the model is changed.
     sites = [
-        Site(
-            session, family, transformer, [processor for _, processor in layers], frozenset(), family.hoist(transformer)
-        )
+        Site(session, family, transformer, [processor for _, processor in layers], family.hoist(transformer))
         for transformer, family, layers in found
     ]
     _settle(session, sites, names, config)
@@ -201,8 +199,7 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
     """Put settings into force, after checking that they fit the model."""
     if config is not None:
         dense = config.check_layers(names)
-        if session.branch is not None and config.reuse_steps > 1:
-            raise UnsupportedError("plans cannot be reused with a compressed branch; leave reuse_steps at 1", {})
+        check_settings(config, session.branch is not None)
         if config.dense_last_steps and getattr(session.scheduler, "timesteps", None) is None:
             raise UnsupportedError(
                 "dense_last_steps needs to know how many steps there are: give sparsify the pipeline, whose scheduler "

@@ -80,7 +80,7 @@ class ReleasedVSA:
         # Not Budget.blocks, which undoes the rounding error of this product.
         return max(1, min(math.ceil((1 - self.sparsity) * whole), tiles))
 
-    def check(self, budget: Budget | tuple[Budget, ...]) -> None:
+    def check(self, budget: Budget) -> None:
         """Refuse any budget but `budget`: this rule decides by itself how many tiles are kept.
 
         Raises:
@@ -98,7 +98,8 @@ class ReleasedVSA:
             BudgetError: the budget is not that of this sparsity.
             ShapeError: as in `kept`.
         """
-        self.check(budget)
+        if not torch.compiler.is_compiling():  # a compiled forward may hold the numbers of a budget as variables
+            self.check(budget)
         q_means, k_means = self.means(q.detach(), layout), self.means(k.detach(), layout)
         return self.plan(self.scores(q_means, k_means), layout)
 
