@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil, prod
@@ -17,6 +18,7 @@ from torch.nn.functional import linear
 
 import openvsa
 from openvsa.integrations.branch import add_branch, load_branch, remove_branch
+from openvsa.integrations.checkpoint import convert
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.diffusers import SparseHandle
 from openvsa.select import ReleasedVSA
@@ -135,6 +137,39 @@ def test_zero_branch_weights_change_nothing(model: WanTransformer3DModel) -> Non
     with sparsify_released(model, ReleasedVSA(0.0)):
         torch.testing.assert_close(run(model), dense, rtol=1e-5, atol=2e-6)
     assert torch.equal(run(model), dense)
+
+
+def test_zero_branch_weights_from_the_converter(model: WanTransformer3DModel, tmp_path: Path) -> None:
+    dense = run(model)
+    model.save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "vsa", "fastvideo", branch="zero")
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "vsa").eval()
+    load_branch(again, tmp_path / "vsa")
+    with sparsify_released(again, ReleasedVSA(0.0)):
+        torch.testing.assert_close(run(again), dense, rtol=1e-5, atol=2e-6)
+
+
+def test_layers_that_stay_dense_have_no_branch(model: WanTransformer3DModel, released: tuple) -> None:
+    dense = run(model)
+    load_branch(model, released[0])
+    with openvsa.sparsify(model, config=SparsityConfig(density=0.5, dense_layers=tuple(range(LAYERS)))):
+        assert torch.equal(run(model), dense)
+
+
+def test_of_two_transformers_one_may_have_a_branch(model: WanTransformer3DModel, released: tuple) -> None:
+    class Pipe:
+        transformer, transformer_2 = model, copy.deepcopy(model)
+
+    method = ReleasedVSA(0.5)
+    with sparsify_released(Pipe.transformer_2, method):
+        without = run(Pipe.transformer_2)
+    load_branch(model, released[0])
+    with sparsify_released(model, method):
+        having = run(model)
+    assert not torch.allclose(having, without)
+    sparsify_released(Pipe(), method)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(run(Pipe.transformer), having)
+    assert torch.equal(run(Pipe.transformer_2), without)
 
 
 def test_any_selector_and_a_density_for_each_head(model: WanTransformer3DModel, released: tuple) -> None:
