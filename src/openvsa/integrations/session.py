@@ -16,7 +16,7 @@ from openvsa.config import Budget
 from openvsa.errors import BudgetError, ShapeError, UnsupportedError
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, Hoist, Sequence
-from openvsa.integrations.families.base import by_name
+from openvsa.integrations.families.base import forward_names
 from openvsa.integrations.intercept import SparseProcessor
 from openvsa.integrations.report import AttentionCallback, AttentionEvent
 from openvsa.integrations.steps import Branches, StepClock
@@ -73,6 +73,7 @@ class Forward:
 
     sequence: Sequence
     parts: tuple[Part, ...]
+    lattice: TileLayout  # without the tokens before and after it
     timestep: Tensor | None
     hoisted: bool
     checked_mask: bool = False
@@ -360,25 +361,33 @@ class Site:
     family: Family
     transformer: Any
     processors: list[SparseProcessor]
-    dense_layers: frozenset[int]
     hoist: Hoist | None
+    dense_layers: frozenset[int] = frozenset()
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The class's own forward: offloading hooks put another on the instance.
+        self.names = forward_names(type(self.transformer))
 
     def begin_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook of the transformer."""
         session = self.session
-        arguments = by_name(type(module), args, kwargs)
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         sequence = self.family.sequence(module, (), arguments)
         timestep = self.family.timestep((), arguments)
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-        session.forward = forward = Forward(sequence, self._parts(sequence, device), timestep, hoisted=False)
+        session.forward = forward = Forward(
+            sequence, self._parts(sequence, device), session.layout(Sequence(sequence.grid), 0, device), timestep,
+            hoisted=False,
+        )  # fmt: skip
         dense = self._decide(sequence, timestep, self.family.condition((), arguments))
         if dense or self.hoist is None or getattr(module, "is_cache_enabled", False):
             # A cache holds hidden states of other steps, whose order may be another.
             return None
         forward.hoisted = True
-        layout = forward.parts[0].layout
+        layout = forward.lattice
         moved = {name: arguments.get(name) for name in self.hoist.arguments}
         for name, value in moved.items():
             if isinstance(value, Tensor) and value.dim() == 2:
@@ -391,7 +400,7 @@ class Site:
         forward = self.session.forward
         if forward is None or not forward.hoisted:
             return None
-        layout = forward.parts[0].layout
+        layout = forward.lattice
 
         def permute(x: Tensor) -> Tensor:
             flat = x.flatten(first, last).movedim(first, 1)
@@ -404,7 +413,7 @@ class Site:
         forward = self.session.forward
         if forward is None or not forward.hoisted or self.hoist is None:
             return None
-        return forward.parts[0].layout.unpermute(output, dim=self.hoist.exit[1])
+        return forward.lattice.unpermute(output, dim=self.hoist.exit[1])
 
     def _parts(self, sequence: Sequence, device: torch.device) -> tuple[Part, ...]:
         session, lengths = self.session, sequence.text_lengths

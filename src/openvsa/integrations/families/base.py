@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from openvsa.errors import ShapeError
 
-__all__ = ["Family", "Hoist", "Sequence", "argument"]
+__all__ = ["Family", "Hoist", "Sequence", "argument", "forward_names"]
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,8 @@ class Family(ABC):
 
 def argument(module: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], default: Any = None) -> Any:
     """An argument of the forward of `module` by its name, however it was passed."""
-    return by_name(type(module), args, kwargs).get(name, default)
-
-
-def by_name(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of `kind.forward` that were given, by name."""
-    return {**dict(zip(forward_names(kind), args, strict=False)), **kwargs}
+    given = {**dict(zip(forward_names(type(module)), args, strict=False)), **kwargs} if args else kwargs
+    return given.get(name, default)
 
 
 @cache

@@ -1,0 +1,363 @@
+"""Attached models together with what else people do to a model: compile, save, LoRA, offload, other backends."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn import functional
+
+import openvsa
+from openvsa import SparsityConfig
+from openvsa.integrations.intercept import Interception
+from openvsa.integrations.report import AttentionEvent
+from tiny_wan import run, text, tiny_wan
+
+
+def attach(model: Any, **changes: Any) -> Any:
+    return openvsa.sparsify(model, config=SparsityConfig(density=0.2, tile=(1, 2, 2), **changes))
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler() -> Any:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def graphs() -> tuple[Any, list[int]]:
+    """A backend for torch.compile that runs graphs eagerly and notes each."""
+    made: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        made.append(len(graph.graph.nodes))
+        return graph.forward
+
+    return backend, made
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_blocks_share_one_graph_through_steps_settings_and_layers() -> None:
+    model, prompt = tiny_wan(6), text()
+    handle = attach(model, dense_first_steps=1, layers={"blocks.2.attn1": 0.5})
+    levels = (900.0, 700.0, 500.0)
+    eager = [run(model, level, prompt) for level in levels]
+    backend, made = graphs()
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for level, expected in zip(levels, eager, strict=True):
+        torch.testing.assert_close(run(model, level, prompt), expected)
+    # Dense, sparse, and sparse at another density: not one for each layer or step.
+    assert len(made) <= 3
+    handle.density = 0.4
+    handle.detach()
+    torch.testing.assert_close(run(model, 900.0, prompt), eager[0])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_whole_compiled_model() -> None:
+    model = tiny_wan()
+    attach(model)
+    eager = run(model)
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(whole), eager)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_whole_compiled_model_has_no_steps() -> None:
+    model = tiny_wan()
+    attach(model, dense_first_steps=1)
+    whole = torch.compile(model, backend="eager")
+    with pytest.raises(openvsa.UnsupportedError, match="compile_repeated_blocks"):
+        run(whole)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_plans_are_reused_in_compiled_blocks() -> None:
+    model, prompt = tiny_wan(3), text()
+    attach(model, reuse_steps=2)
+    levels = (900.0, 700.0, 500.0, 300.0)
+    eager = [run(model, level, prompt) for level in levels]
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for level, expected in zip(levels, eager, strict=True):
+        torch.testing.assert_close(run(model, level, prompt), expected)
+
+
+# -- saving, adapters, offload ------------------------------------------------------------------------------------
+
+
+def test_saving_an_attached_model_saves_the_model(tmp_path: Path) -> None:
+    model = tiny_wan()
+    dense, names = run(model), set(model.state_dict())
+    attach(model)
+    assert set(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(WanTransformer3DModel.from_pretrained(tmp_path)), dense)
+
+
+def test_a_copy_of_an_attached_model_is_attached_on_its_own() -> None:
+    model = tiny_wan()
+    dense = run(model)
+    handle = attach(model)
+    sparse = run(model)
+    twin = copy.deepcopy(model)
+    handle.detach()
+    assert torch.equal(run(model), dense)
+    assert torch.equal(run(twin), sparse)
+
+
+def test_adapters_before_and_after_attaching() -> None:
+    lora = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    plain = tiny_wan()
+    attach(plain)
+    without = run(plain)
+
+    torch.manual_seed(1)
+    before = tiny_wan()
+    torch.manual_seed(1)
+    before.add_adapter(lora, "style")
+    attach(before)
+    expected = run(before)
+    assert not torch.allclose(expected, without, atol=1e-3)
+
+    after = tiny_wan()
+    handle = attach(after)
+    torch.manual_seed(1)
+    after.add_adapter(lora, "style")
+    assert torch.equal(run(after), expected)
+    after.disable_adapters()
+    assert torch.equal(run(after), without)
+    after.enable_adapters()
+    after.fuse_lora()
+    torch.testing.assert_close(run(after), expected, rtol=1e-4, atol=1e-5)
+    after.unfuse_lora()
+    torch.testing.assert_close(run(after), expected, rtol=1e-4, atol=1e-5)
+    handle.detach()
+    assert type(after.blocks[0].attn1.processor) is WanAttnProcessor
+
+
+@pytest.mark.parametrize("first", ["offload", "attach"])
+def test_offloaded_weights(first: str) -> None:
+    model = tiny_wan()
+    dense = run(model)
+    reference = tiny_wan()
+    attach(reference)
+    sparse = run(reference)
+    if first == "attach":
+        handle = attach(model)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        handle = attach(model)
+    assert next(model.blocks.parameters()).is_meta
+    assert torch.equal(run(model), sparse)
+    handle.detach()
+    assert torch.equal(run(model), dense)
+
+
+def test_fused_projections_after_attaching() -> None:
+    model = tiny_wan()
+    attach(model)
+    expected = run(model)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    def gradient(checkpointing: bool) -> Tensor:
+        model = tiny_wan()
+        attach(model)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(torch.ones(1, 4, 3, 8, 8), torch.tensor([300.0]), text())[0].square().sum().backward()
+        grad = model.blocks[0].attn1.to_k.weight.grad
+        assert grad is not None
+        return grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_a_cache_across_steps_keeps_raster_order() -> None:
+    """FirstBlockCache adds hidden states of an earlier step, which may have been a dense one."""
+    model, prompt = tiny_wan(3), text()
+    model.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    handle = attach(model, dense_first_steps=1)
+    with model.cache_context("cond"):
+        run(model, 900.0, prompt)
+        assert handle._session.forward.hoisted is False
+        run(model, 700.0, prompt)
+        assert handle._session.forward.hoisted is False
+
+
+# -- attention backends, masks, settings that are not strict -------------------------------------------------------
+
+
+class Elsewhere(WanAttnProcessor):
+    """Attention that does not go through scaled_dot_product_attention."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attn.to_out[0](attn.to_v(hidden_states))
+
+
+def test_an_attention_backend_that_cannot_be_seen_is_refused() -> None:
+    model = tiny_wan()
+    model.blocks[1].attn1.set_processor(Elsewhere())
+    attach(model)
+    with pytest.raises(openvsa.UnsupportedError, match=r"blocks\.1\.attn1 \(Elsewhere\).*set_attention_backend"):
+        run(model)
+
+
+def test_settings_that_are_not_strict_warn_once_and_stay_dense() -> None:
+    model = tiny_wan()
+    model.blocks[1].attn1.set_processor(Elsewhere())
+    handle = attach(model, strict=False)
+    with pytest.warns(UserWarning, match=r"dense attention instead of sparse: blocks\.1\.attn1") as caught:
+        run(model)
+    assert len(caught) == 1
+    run(model)  # a second warning would be an error
+    assert [layer.sparse_calls for layer in handle.report().layers] == [2, 0]
+    assert [layer.executed_density for layer in handle.report().layers] == [pytest.approx(0.2, abs=0.1), 1.0]
+
+
+def test_native_backends_are_seen_and_flex_is_refused() -> None:
+    model = tiny_wan()
+    handle = attach(model)
+    expected = run(model)
+    model.set_attention_backend("_native_math")
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+    assert model.blocks[0].attn1.processor.inner._attention_backend == "_native_math"
+    model.set_attention_backend("native")
+    with attention_backend("flex"):
+        model.reset_attention_backend()
+        with pytest.raises(openvsa.UnsupportedError, match="attention backend"):
+            run(model)
+    handle.detach()
+
+
+def test_context_parallelism_is_refused() -> None:
+    model = tiny_wan()
+    attach(model)
+    model.blocks[0].attn1.processor._parallel_config = object()
+    with pytest.raises(openvsa.UnsupportedError, match="context parallelism"):
+        run(model)
+
+
+def test_a_mask_of_the_caller_is_refused() -> None:
+    model = tiny_wan()
+    handle = attach(model)
+    run(model)
+    attn, states = model.blocks[0].attn1, torch.randn(1, 105, 48)
+    with pytest.raises(openvsa.UnsupportedError, match="attention mask"):
+        attn(states, None, torch.zeros(1, 1, 105, 105))
+    with pytest.raises(openvsa.ShapeError, match=r"has 104 tokens, but this forward has 105"):
+        attn(states[:, :104])
+    handle.detach()
+    attn(states, None, torch.zeros(1, 1, 105, 105))
+
+
+def test_a_processor_with_weights_is_refused() -> None:
+    class Heavy(nn.Module):
+        def forward(self) -> None: ...
+
+    model = tiny_wan()
+    model.blocks[1].attn1.set_processor(Heavy())
+    with pytest.raises(openvsa.UnsupportedError, match="Heavy with weights of its own"):
+        attach(model)
+    assert type(model.blocks[0].attn1.processor) is WanAttnProcessor
+
+
+# -- attaching and detaching ----------------------------------------------------------------------------------------
+
+
+def test_attaching_twice_is_refused_and_changes_nothing() -> None:
+    model = tiny_wan()
+    dense = run(model)
+    with attach(model):
+        sparse = run(model)
+        for again in (lambda: attach(model), lambda: openvsa.integrations.diffusers.observe(model)):
+            with pytest.raises(openvsa.OpenVSAError, match="attached already"):
+                again()
+        assert torch.equal(run(model), sparse)
+    with attach(model):
+        assert torch.equal(run(model), sparse)
+    assert torch.equal(run(model), dense)
+
+
+def test_a_processor_put_around_ours_stays_and_ours_steps_aside() -> None:
+    model = tiny_wan()
+    dense = run(model)
+    handle = attach(model)
+    ours = model.blocks[0].attn1.processor
+
+    def around(*args: Any, **kwargs: Any) -> Tensor:
+        return ours(*args, **kwargs)
+
+    model.blocks[0].attn1.set_processor(around)
+    assert not torch.equal(run(model), dense)
+    handle.detach()
+    assert model.blocks[0].attn1.processor is around
+    assert torch.equal(run(model), dense)
+
+
+def test_an_error_in_a_forward_leaves_the_next_one_alone() -> None:
+    model = tiny_wan()
+    attach(model)
+    expected = run(model)
+    with pytest.raises(RuntimeError):
+        run(model, prompt=torch.ones(1, 3, 5))
+    assert torch.equal(run(model), expected)
+
+
+def test_the_wrapper_shows_the_signature_of_the_processor() -> None:
+    model = tiny_wan()
+    original = inspect.signature(model.blocks[0].attn1.processor.__call__)
+    attach(model)
+    assert inspect.signature(model.blocks[0].attn1.processor.__call__) == original
+
+
+def test_the_interception_sees_attention_however_it_is_called() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def answer(index: int, **call: Any) -> Tensor:
+        seen.append({"index": index, **call})
+        return call["query"] * 0
+
+    q, other = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 3, 4)
+    with Interception(answer):
+        functional.scaled_dot_product_attention(q, q, q, None, 0.0, False)
+        assert not functional.scaled_dot_product_attention(query=q, key=q, value=q, scale=2.0).any()
+        crossed = functional.scaled_dot_product_attention(q, other, other)
+    assert [call["index"] for call in seen] == [0, 1]
+    assert seen[1]["scale"] == 2.0
+    assert torch.equal(crossed, functional.scaled_dot_product_attention(q, other, other))
+
+
+def test_the_report_tells_asked_kept_and_run_apart() -> None:
+    model = tiny_wan()
+    handle = attach(model, dense_first_steps=1)
+    run(model, 900)
+    run(model, 700)
+    [first, _] = handle.report().layers
+    events: list[AttentionEvent] = []
+    handle.on_attention(events.append)
+    run(model, 500)
+    plan = events[0].plan
+    assert plan is not None
+    mask, lens = plan.block_mask().double(), torch.tensor(plan.q_blocks.lens).double()
+    share = float((mask @ lens * lens).sum(-1).mean() / lens.sum() ** 2)
+    assert (first.calls, first.sparse_calls, first.requested_density) == (2, 1, 0.2)
+    assert first.delivered_density == pytest.approx(plan.density)
+    assert first.executed_density == pytest.approx((1 + share) / 2, rel=0.05)
+    assert "asked 0.200" in str(handle.report())
