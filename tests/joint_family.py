@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 import openvsa
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.diffusers import observe
+from openvsa.integrations.families import family_of
 from openvsa.integrations.report import AttentionEvent
 
 
@@ -30,6 +31,26 @@ def perturbed(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def check_hoist(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens change their order at entry and exit alone; the output is that of every layer doing it for itself."""
+    reorders: list[bool] = []
+    original = openvsa.TileLayout._reorder
+
+    def counted(self: openvsa.TileLayout, x: Tensor, dim: int, *, inverse: bool) -> Tensor:
+        reorders.append(inverse)
+        return original(self, x, dim, inverse=inverse)
+
+    monkeypatch.setattr(openvsa.TileLayout, "_reorder", counted)
+    with openvsa.sparsify(model, density=0.3, tile=(1, 2, 2)):
+        hoisted = run(model, inputs)
+    assert reorders == [False, False, False, True]  # cosines, sines, embedded video; output
+    family = type(family_of(model))
+    monkeypatch.setattr(family, "hoist", lambda self, transformer: None)
+    with openvsa.sparsify(model, density=0.3, tile=(1, 2, 2)):
+        close(hoisted, run(model, inputs))
+    assert len(reorders) > 8
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

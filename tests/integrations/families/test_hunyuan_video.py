@@ -10,7 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, Hun
 from torch import nn
 
 import openvsa
-from joint_family import JointFamilyTests, close, perturbed, run
+from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
+from openvsa.integrations.families import family_of
 
 TEXT = 11
 
@@ -82,9 +83,17 @@ def test_image_to_video_and_patches_of_frames(image: str | None, patch_t: int) -
         assert {layer.grid for layer in handle.report().layers} == {(3, 4, 5)}
 
 
+def test_replaced_first_frames_stay_in_place() -> None:
+    assert family_of(build("token_replace")).hoist(build("token_replace")) is None
+
+
 def test_padding_is_never_read() -> None:
     model, inputs = build(), call((3, 4, 6), (4, TEXT))
     with openvsa.sparsify(model, density=0.3):
         before = run(model, inputs)
         inputs["encoder_hidden_states"][0, 4:] = 1e4
         assert torch.equal(run(model, inputs), before)
+
+
+def test_tokens_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_hoist(build(), call((3, 4, 6), (4, TEXT)), monkeypatch)

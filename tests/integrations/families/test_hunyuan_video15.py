@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
@@ -15,7 +16,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 
 import openvsa
-from joint_family import JointFamilyTests, close, perturbed, run
+from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
 
 TEXT, GLYPHS, IMAGE = 9, 5, 3
 
@@ -107,3 +108,7 @@ def test_padding_is_never_read() -> None:
         inputs["encoder_hidden_states"][0, 4:] = 1e4
         inputs["encoder_hidden_states_2"][:, 2:] = 1e4
         assert torch.equal(run(model, inputs), before)
+
+
+def test_tokens_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_hoist(build(), call((3, 4, 6), (4, TEXT), image=True), monkeypatch)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Sequence, argument
+from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
 from openvsa.integrations.families.joint import block_attentions, latent_grid
 
 __all__ = ["HunyuanVideo"]
@@ -32,3 +32,8 @@ class HunyuanVideo(Family):
         mask: Tensor = argument(transformer, "encoder_attention_mask", args, kwargs)  # [B, text], 0 is padding
         grid = latent_grid(latents, (2, 3, 4), (config.patch_size_t, config.patch_size, config.patch_size))
         return Sequence(grid, suffix=mask.shape[1], text_lengths=tuple(int(n) for n in mask.sum(dim=1).tolist()))
+
+    def hoist(self, transformer: Any) -> Hoist | None:
+        if transformer.config.image_condition_type == "token_replace":  # its blocks modulate the first frame apart
+            return None
+        return Hoist(((transformer.rope, 0, 0), (transformer.x_embedder, 1, 1)), (transformer.proj_out, 1))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Sequence, argument
+from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
 from openvsa.integrations.families.joint import block_attentions, latent_grid
 
 __all__ = ["HunyuanVideo15"]
@@ -37,3 +37,6 @@ class HunyuanVideo15(Family):
         valid = text.bool().sum(dim=1) + glyphs.bool().sum(dim=1) + image.shape[1] * torch.any(image != 0)
         conditioning = text.shape[1] + glyphs.shape[1] + image.shape[1]
         return Sequence(grid, suffix=conditioning, text_lengths=tuple(int(n) for n in valid.tolist()))
+
+    def hoist(self, transformer: Any) -> Hoist:
+        return Hoist(((transformer.rope, 0, 0), (transformer.x_embedder, 1, 1)), (transformer.proj_out, 1))
