@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,9 @@ def test_settings_that_are_not_strict_warn_once_and_stay_dense() -> None:
     with pytest.warns(UserWarning, match=r"dense attention instead of sparse: blocks\.1\.attn1") as caught:
         run(model)
     assert len(caught) == 1
-    run(model)  # a second warning would be an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
     assert [layer.sparse_calls for layer in handle.report().layers] == [2, 0]
     assert [layer.executed_density for layer in handle.report().layers] == [pytest.approx(0.2, abs=0.1), 1.0]
 

@@ -180,9 +180,13 @@ class Session:
             tally = self._tally(processor, parts[0].layout)
             tally.count_dense()
             tally.time(clock)
-            if self.callbacks and attn_mask is None:
-                order = (lambda x: x) if forward.hoisted else parts[0].layout.permute
-                self._tell(processor, parts[0].layout, None, order(q), order(k), order(v), clock)
+            if self.callbacks and (attn_mask is None or forward.sequence.text_lengths is not None):
+                seconds = clock.seconds() / len(parts)
+                for one in parts:
+                    mine = [one.samples(x) for x in (q, k, v)]
+                    if not forward.hoisted:
+                        mine = [one.layout.permute(x) for x in mine]
+                    self._tell(processor, one.layout, None, *mine, seconds=seconds)
             return out
 
         outs = []
@@ -200,7 +204,7 @@ class Session:
                 tally.count(plan, budget)
                 tally.time(clock)
                 if self.callbacks:
-                    self._tell(processor, one.layout, plan, *blocks, clock=clock)
+                    self._tell(processor, one.layout, plan, *blocks, seconds=clock.seconds())
             # Rows of padded text: nobody reads them.
             outs.append(functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
         if len(outs) == 1:
@@ -317,12 +321,11 @@ class Session:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        clock: _Clock,
+        seconds: float,
     ) -> None:
         forward = self.forward
         assert forward is not None
         when = float(forward.timestep.max()) if forward.timestep is not None else float("nan")
-        seconds = clock.seconds()
         event = AttentionEvent(
             processor.layer, processor.name, when, layout, plan, q.detach(), k.detach(), v.detach(), seconds
         )
