@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from openvsa import train
-from openvsa.cli import generate
+from openvsa.cli import generate, generate_model
 from openvsa.errors import OpenVSAError
 
 
@@ -18,6 +18,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `run_generate` and `train.run` were called with, instead of the work."""
     calls: dict[str, Any] = {}
     monkeypatch.setattr(generate, "run_generate", lambda **options: calls.update(options))
+    monkeypatch.setattr(generate_model, "run_generate_model", lambda **options: calls.update(options))
     monkeypatch.setattr(generate, "print_scenes", lambda: calls.update(printed=True))
 
     def run(config: train.TrainConfig) -> train.TrainResult:
@@ -54,6 +55,32 @@ def test_generate_takes_every_option(openvsa_command: Callable, received: dict[s
         "device": "cuda:1",
         "out": Path("there"),
     }
+
+
+def test_generate_with_a_model_takes_every_option(openvsa_command: Callable, received: dict[str, Any]) -> None:
+    options = "--model there/wan --prompt cat --image cat.png --density 0.5 --steps 4 --height 32 --width 48"
+    options += " --frames 9 --fps 8 --seed 3 --device cuda:1 --out there"
+    assert openvsa_command("generate", *options.split()).status == 0
+    assert received == {
+        "model": "there/wan",
+        "prompt": "cat",
+        "image": Path("cat.png"),
+        "density": 0.5,
+        "steps": 4,
+        "height": 32,
+        "width": 48,
+        "frames": 9,
+        "fps": 8.0,
+        "seed": 3,
+        "device": "cuda:1",
+        "out": Path("there"),
+    }
+
+
+def test_the_bundled_model_takes_no_prompt(openvsa_command: Callable, received: dict[str, Any]) -> None:
+    outcome = openvsa_command("generate", "--prompt", "cat", "--width", 48)
+    assert outcome.err == "error: --prompt, --width: the bundled model takes none; give a pipeline with --model\n"
+    assert received == {}
 
 
 def test_list_scenes_makes_nothing(openvsa_command: Callable, received: dict[str, Any]) -> None:

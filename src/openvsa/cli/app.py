@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from openvsa.cli import plain_errors
+from openvsa.errors import OpenVSAError
 
 __all__ = ["app"]
 
@@ -28,20 +29,45 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N
 def generate(
     scene: Annotated[str | None, typer.Option(help="Scene to continue, by name; see --list-scenes.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture of your own to continue instead of a scene.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Diffusers pipeline instead of the bundled model: a folder, or a name on the hub."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to make a video of, for --model.")] = None,
     density: Annotated[float, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1].")] = 0.25,
     seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 16,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps; by default 16, or what the pipeline takes.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, for --model; by default what the pipeline takes.")] = None,
+    width: Annotated[int | None, typer.Option(help="The same.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, for --model.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, for --model.")] = None,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the videos and the page.")] = Path("demo"),
     list_scenes: Annotated[bool, typer.Option("--list-scenes", help="Print the scenes and stop.")] = False,
 ) -> None:
     """Make a clip with dense and with sparse attention, and a page that compares them."""
-    from openvsa.cli.generate import print_scenes, run_generate
-
     if list_scenes:
+        from openvsa.cli.generate import print_scenes
+
         print_scenes()
         return
-    run_generate(scene=scene, image=image, density=density, seed=seed, steps=steps, device=device, out=out)
+    asked = {"prompt": prompt, "height": height, "width": width, "frames": frames, "fps": fps}
+    common = {"image": image, "density": density, "seed": seed, "device": device, "out": out}
+    if model is not None:
+        if scene is not None:
+            raise OpenVSAError("--scene is for the bundled model; give --model a --prompt")
+        from openvsa.cli.generate_model import run_generate_model
+
+        run_generate_model(model=model, steps=steps, **asked, **common)
+        return
+    extra = [f"--{name}" for name, value in asked.items() if value is not None]
+    if extra:
+        raise OpenVSAError(f"{', '.join(extra)}: the bundled model takes none; give a pipeline with --model")
+    from openvsa.cli.generate import run_generate
+
+    run_generate(scene=scene, steps=16 if steps is None else steps, **common)
 
 
 @app.command()

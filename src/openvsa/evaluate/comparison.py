@@ -17,7 +17,8 @@ __all__ = ["Comparison", "Figures", "LayerFigures", "PassTime", "Settings", "fin
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the clips were made. `density` is the one asked for; `credit` names the source of the scene."""
+    """How the clips were made. `density` is the one asked for; `credit` names the source of the scene; `model` is None
+    for the one that is part of the package."""
 
     scene: str
     seed: int
@@ -29,6 +30,7 @@ class Settings:
     command: str
     versions: Mapping[str, str]
     credit: str
+    model: str | None = None
 
 
 @dataclass(frozen=True)

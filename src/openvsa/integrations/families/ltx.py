@@ -35,7 +35,7 @@ class LTX(Family):
         coords = kwargs.get("video_coords")
         if coords is not None:
             return sequence_of_coordinates(coords)
-        sides = {name: kwargs.get(name) for name in ("num_frames", "height", "width")}
+        sides: dict[str, Any] = {name: kwargs.get(name) for name in ("num_frames", "height", "width")}
         if None in sides.values():
             raise UnsupportedError(
                 f"LTX-Video was called with {sides}; pass the latents' num_frames, height and width, or video_coords",

@@ -31,7 +31,7 @@ class LTX2(Family):
         ]
 
     def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
-        sides = {name: kwargs.get(name) for name in ("num_frames", "height", "width")}
+        sides: dict[str, Any] = {name: kwargs.get(name) for name in ("num_frames", "height", "width")}
         if None in sides.values():
             raise UnsupportedError(
                 f"LTX-2 was called with {sides}, but the lattice is needed to tell the video from appended keyframes. "

@@ -1,0 +1,173 @@
+"""What makes a clip twice and a page about both, whatever the model."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from openvsa.config import Budget
+from openvsa.errors import OpenVSAError
+
+if TYPE_CHECKING:
+    from openvsa.evaluate import AttentionRecorder, Comparison, Figures, Settings
+    from openvsa.integrations.diffusers import SparseHandle
+    from openvsa.integrations.report import SparsityReport
+
+__all__ = ["PACKAGES", "available", "check_numbers", "command", "describe", "make_pair", "shown_steps", "versions"]
+
+PACKAGES = ("diffusers", "av", "numpy", "PIL", "jinja2", "torchmetrics")
+"""What making the page needs, beside the model."""
+
+
+@dataclass(frozen=True)
+class TimedClip:
+    """A clip uint8 [frames, height, width, 3], the wall seconds it took, and what its attention layers did."""
+
+    clip: Tensor
+    seconds: float
+    attention: SparsityReport
+
+
+def make_pair(
+    pipe: Any,
+    make_clip: Callable[..., Tensor],
+    settings: Settings,
+    recorder_for: Callable[[SparsityReport], AttentionRecorder],
+    out: Path,
+    console: Console,
+) -> Path:
+    """Makes a clip with full and with sparse attention, and the page; returns its path.
+
+    Args:
+        pipe: what `sparsify` takes.
+        make_clip: takes num_inference_steps and callback_on_step_end, and returns uint8 [frames, height, width, 3].
+        settings: how the clips are made, which is also what the page says.
+        recorder_for: gives the recorder of the sparse clip, knowing what the attention of the dense one was.
+        out: a folder that can be written.
+        console: where progress and figures are printed.
+    """
+    from openvsa.evaluate import write_report
+    from openvsa.integrations.diffusers import observe, sparsify
+
+    steps = settings.steps
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn once a step: a drawing thread would take its share of the processor from what is being timed.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+
+        def bar(description: str, total: int) -> Callable[..., None]:
+            task = progress.add_task(description, total=total)
+            progress.refresh()
+            return lambda *_: progress.update(task, advance=1, refresh=True)
+
+        dense = _timed(make_clip, partial(observe, pipe), steps, bar("full attention", steps))
+        recorder, attach = recorder_for(dense.attention), partial(sparsify, pipe, settings.density)
+        sparse = _timed(make_clip, attach, steps, bar("sparse attention", steps), recorder)
+        done = bar("report", 1)
+        comparison = _compare(settings, dense, sparse, recorder)
+        page = write_report(comparison, out)
+        done()
+    console.print(_summary(comparison.figures, page), highlight=False, soft_wrap=True)
+    return page
+
+
+def check_numbers(density: float, seed: int, steps: int) -> None:
+    Budget(keep_ratio=density)
+    if steps < 1:
+        raise OpenVSAError(f"--steps must be at least 1, got {steps}")
+    if not 0 <= seed < 2**63:
+        raise OpenVSAError(f"--seed must be at least 0 and below 2^63, got {seed}")
+
+
+def shown_steps(steps: int) -> set[int]:
+    """The denoising steps whose attention the page shows."""
+    return {0, steps // 3, 2 * steps // 3, steps - 1}
+
+
+def command(choice: list[str], options: dict[str, Any]) -> str:
+    """The command line of a page: what was chosen, then the options that are set."""
+    words = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    return shlex.join(["openvsa", "generate", *choice, *words])
+
+
+def available(name: str) -> torch.device:
+    """The device of that name, if torch has it here."""
+    accepted = "--device must be cpu, cuda or cuda:N"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OpenVSAError(f"{accepted}, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OpenVSAError(f"{accepted}, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OpenVSAError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def _timed(
+    make_clip: Callable[..., Tensor],
+    attach: Callable[[], SparseHandle],
+    steps: int,
+    on_step: Callable[..., None],
+    recorder: AttentionRecorder | None = None,
+) -> TimedClip:
+    """One untimed step first, because the first use of every kernel and buffer is slower than the rest."""
+    with attach():
+        make_clip(num_inference_steps=1)
+    with attach() as handle:
+        if recorder is not None:
+            handle.on_attention(recorder)
+        begin = time.perf_counter()
+        clip = make_clip(num_inference_steps=steps, callback_on_step_end=on_step)
+        seconds = time.perf_counter() - begin
+        return TimedClip(clip, seconds, handle.report())
+
+
+def _compare(settings: Settings, dense: TimedClip, sparse: TimedClip, recorder: AttentionRecorder) -> Comparison:
+    from openvsa.evaluate import Comparison, Figures, LayerFigures, PassTime, compare_clips
+
+    layers = tuple(
+        LayerFigures(ours.layer, ours.name, ours.delivered_density, full.attention_seconds, ours.attention_seconds)
+        for full, ours in zip(dense.attention.layers, sparse.attention.layers, strict=True)
+    )
+    figures = Figures(
+        settings,
+        PassTime(dense.seconds, dense.attention.attention_seconds),
+        PassTime(sparse.seconds, sparse.attention.attention_seconds),
+        layers,
+        compare_clips(sparse.clip, dense.clip),
+    )
+    return Comparison(figures, dense.clip, sparse.clip, recorder.record())
+
+
+def _summary(figures: Figures, page: Path) -> str:
+    dense, sparse = figures.dense, figures.sparse
+    return (
+        f"in all     {dense.total_seconds:.1f} s -> {sparse.total_seconds:.1f} s, {figures.speedup:.2f}x as fast\n"
+        f"attention  {dense.attention_seconds:.1f} s -> {sparse.attention_seconds:.1f} s, "
+        f"{figures.attention_speedup:.2f}x as fast\n"
+        f"likeness   PSNR {figures.quality.mean_psnr:.1f} dB, SSIM {figures.quality.mean_ssim:.3f}\n"
+        f"open {page}"
+    )
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def versions() -> dict[str, str]:
+    found = {name: metadata.version(name) for name in ("openvsa", "torch", "diffusers")}
+    return found | {"python": platform.python_version()}

@@ -1,0 +1,170 @@
+"""`openvsa generate --model` around a tiny Wan pipeline in a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import tiny_pipelines
+from openvsa import evaluate
+from openvsa.cli import generate_model
+from openvsa.evaluate import Comparison, Figures, read_video
+from openvsa.integrations.report import LayerReport, SparsityReport
+
+FILES = ["dense.mp4", "report.html", "report.json", "side_by_side.mp4", "sparse.mp4"]
+PROMPT = "a cat plays the piano"
+SMALL = ["--prompt", PROMPT, "--steps", 2, "--height", 96, "--width", 128, "--frames", 5]
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipelines.wan(tmp_path_factory.mktemp("wan"))
+
+
+def index(folder: Path, pipeline: str, **components: list[str]) -> Path:
+    """A pipeline's index with no weights beside it: who looks for those too early fails."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **components}))
+    return folder
+
+
+def test_the_command_makes_both_clips_and_the_page(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = openvsa_command("generate", "--model", wan, *SMALL, "--density", 0.5, "--out", out)
+    assert outcome.status == 0, outcome.err
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert read_video(out / "dense.mp4").shape == (5, 96, 128, 3)
+    figures = Figures.from_json((out / "report.json").read_text())
+    settings = figures.settings
+    assert (settings.model, settings.scene, settings.fps, settings.credit) == (str(wan), PROMPT, 16.0, "")
+    assert [layer.name for layer in figures.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert 0.5 <= figures.density < 1
+    for time in (figures.dense, figures.sparse):
+        assert 0 < time.attention_seconds < time.total_seconds
+    page = (out / "report.html").read_text()
+    assert 'id="picture-data"' in page
+    assert f"<dt>model</dt><dd>{wan}</dd>" in page
+
+
+def test_the_command_on_the_page_makes_the_same_clips(
+    openvsa_command: Callable, wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixel by pixel; an encoder with threads may write the same pixels as other bytes."""
+    made: list[Comparison] = []
+
+    def keep(comparison: Comparison, out: Path) -> Path:
+        made.append(comparison)
+        return out / "report.html"
+
+    monkeypatch.setattr(evaluate, "write_report", keep)
+    openvsa_command("generate", "--model", wan, *SMALL, "--seed", 3, "--fps", 8, "--out", tmp_path)
+    settings = made[0].figures.settings
+    program, *arguments = shlex.split(settings.command)
+    assert (program, settings.fps) == ("openvsa", 8.0)
+    assert openvsa_command(*arguments).status == 0
+    assert torch.equal(made[0].dense_clip, made[1].dense_clip)
+    assert torch.equal(made[0].sparse_clip, made[1].sparse_clip)
+    assert made[1].figures.settings == settings
+
+
+def test_the_seed_makes_another_clip(wan: Path) -> None:
+    pipe = diffusers.WanPipeline.from_pretrained(wan)
+    given = {"prompt": PROMPT, "height": 32, "width": 48, "num_frames": 5}
+    one, again, two = (generate_model._Clips(pipe, given, seed, True)(1) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+
+
+def test_steps_are_told_even_by_a_pipeline_without_a_callback(wan: Path) -> None:
+    pipe = diffusers.WanPipeline.from_pretrained(wan)
+    given = {"prompt": PROMPT, "height": 32, "width": 48, "num_frames": 5}
+    for tells in (True, False):
+        steps: list[int] = []
+        generate_model._Clips(pipe, given, 0, tells)(3, lambda steps=steps: steps.append(1))
+        assert len(steps) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--density", 0], r"keep_ratio must be in \(0, 1\], got 0"),
+        (["--height", 0], "--height must be at least 1, got 0"),
+        (["--fps", 0], "--fps must be above 0, got 0"),
+        (["--device", "toaster"], "--device must be cpu, cuda or cuda:N"),
+        (["--image", "x.png"], "cannot read the image 'x.png'"),
+        (["--scene", "glide"], "--scene is for the bundled model"),
+        (["--out", "/proc/nowhere"], "cannot write to the output folder '/proc/nowhere'"),
+    ],
+)
+def test_a_wrong_option_is_reported_before_the_weights_are_read(
+    openvsa_command: Callable, tmp_path: Path, options: list[Any], message: str
+) -> None:
+    model = index(tmp_path / "model", "WanPipeline", transformer=["diffusers", "WanTransformer3DModel"])
+    outcome = openvsa_command("generate", "--model", model, "--prompt", PROMPT, "--out", tmp_path / "out", *options)
+    assert outcome.status == 2
+    assert re.search(message, outcome.err), outcome.err
+    assert outcome.err.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "transformer", "options", "message"),
+    [
+        ("StableDiffusionPipeline", None, [], "whose transformer is absent; supported transformers: .*Wan"),
+        (
+            "AllegroPipeline",
+            "AllegroTransformer3DModel",
+            [],
+            "whose transformer is AllegroTransformer3DModel; supported",
+        ),
+        ("TomorrowPipeline", "WanTransformer3DModel", [], "is a TomorrowPipeline, which Diffusers .* does not have"),
+        ("FluxPipeline", "FluxTransformer2DModel", ["--frames", 9], "FluxPipeline takes no num_frames: leave --frames"),
+        ("WanImageToVideoPipeline", "WanTransformer3DModel", [], "continues a picture: give one with --image"),
+        ("WanPipeline", "WanTransformer3DModel", [], "cannot load"),
+    ],
+)
+def test_a_pipeline_that_does_not_suit_is_refused_by_its_index(
+    openvsa_command: Callable, tmp_path: Path, pipeline: str, transformer: str | None, options: list[Any], message: str
+) -> None:
+    components = {"transformer": ["diffusers", transformer]} if transformer else {}
+    model = index(tmp_path / "model", pipeline, **components)
+    outcome = openvsa_command("generate", "--model", model, "--prompt", PROMPT, "--out", tmp_path / "out", *options)
+    assert outcome.status == 2
+    assert re.search(message, outcome.err), outcome.err
+
+
+def test_no_pipeline_and_no_prompt_are_named(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    outcome = openvsa_command("generate", "--model", tmp_path, "--prompt", PROMPT, "--out", tmp_path / "out")
+    assert (outcome.status, outcome.err.split(";")[0]) == (
+        2,
+        "error: --model must be a folder with a Diffusers pipeline or the name of one on the Hugging Face hub",
+    )
+    outcome = openvsa_command("generate", "--model", wan, "--out", tmp_path / "out")
+    assert outcome == (2, "", "error: --model needs --prompt, the text to make a video of\n")
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks", "stored", "heads"), [(2, 10, 2, 1000), (30, 546, 6, 2), (40, 1500, 1, 1), (40, 9000, 0, 1)]
+)
+def test_the_picture_of_a_large_model_is_a_part_of_it(layers: int, blocks: int, stored: int, heads: int) -> None:
+    """Of Wan 1.3B at 480p, 546 tiles, the page holds six layers and two heads; of a huge one it holds nothing."""
+    report = SparsityReport(
+        tuple(make_layer(layer, f"blocks.{layer}.attn1", blocks) for layer in range(layers)),
+    )
+    recorder = generate_model._recorder(50, report)
+    assert len(recorder._chosen_layers or ()) == stored
+    assert (recorder._max_heads or 0) >= heads
+    assert recorder._max_heads == heads or layers == 2
+
+
+def make_layer(layer: int, name: str, blocks: int) -> LayerReport:
+    values = dict.fromkeys(LayerReport.__dataclass_fields__, 0)
+    return LayerReport(**values | {"layer": layer, "name": name, "num_blocks": blocks})
