@@ -15,11 +15,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 import openvsa
 from openvsa.errors import OpenVSAError
-from openvsa.evaluate.audit import CURVE, Audit, Measured
-from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings, TimedDensity
+from openvsa.evaluate.audit import CURVE, Audit, Measured, curves_of
+from openvsa.evaluate.audit_attention import CallFigures, CurvePoint
+from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings, CallAudit, TimedDensity
 from openvsa.evaluate.audit_page import heatmaps, write_audit
 from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes
 from openvsa.models.shots import ShotTokens
+from openvsa.select import BudgetTable
 
 
 def pipeline() -> ClipPipeline:
@@ -94,14 +96,41 @@ def test_every_layer_is_measured_in_every_audited_step(figures: AuditFigures) ->
         assert 0.001 < call.error < 1
         errors = [sum(point.error) for point in call.figures.curve]
         assert errors[-1] < errors[0]
-        assert len(errors) == len(CURVE)
+        assert len(errors) == len({*CURVE, 0.25, 0.125})
     assert figures.oracle_recall > figures.recall
 
 
-def test_a_layer_alone_changes_less_than_all(figures: AuditFigures) -> None:
+def test_what_one_dense_head_gains(audited: tuple[ClipPipeline, Measured, list[str]], figures: AuditFigures) -> None:
+    """The gain of the second head of the first layer in the first step, made again by hand."""
+    pipe = audited[0]
     for forward in figures.forwards:
-        assert set(forward.alone) == set(figures.layers.values())
-        assert 0 < max(forward.alone.values()) < 2 * forward.error
+        assert {name: len(heads) for name, heads in forward.gains.items()} == dict.fromkeys(figures.layers.values(), 2)
+    uniform = dict.fromkeys(figures.layers.values(), (0.25, 0.25))
+    tables = [dict.fromkeys(uniform, (1.0, 1.0)), uniform, uniform | {"blocks.0.attn1": (0.25, 1.0)}]
+    seen: list[torch.Tensor] = []
+    hook = pipe.transformer.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    for layers in tables:
+        with openvsa.sparsify(pipe, budget=BudgetTable(0.25, layers), tile=(2, 2, 2)):
+            pipe(scene="glide", seed=1, num_inference_steps=4)
+    hook.remove()
+    change, less = ((seen[at] - seen[0]).square().sum() for at in (4, 8))
+    assert figures.forwards[0].gains["blocks.0.attn1"][1] == pytest.approx(float(1 - less / change), abs=2e-3)
+
+
+def test_curves_are_what_is_gained_and_shrink_as_the_error_does() -> None:
+    def call(step: int, errors: tuple[float, float]) -> CallAudit:
+        curve = tuple(CurvePoint(d, (d, d), tuple(e * (1 - d) / 0.75 for e in errors)) for d in (0.1, 0.125, 0.25, 0.5))
+        ones = (1.0, 1.0)
+        return CallAudit(step, 0.0, 0, "a", CallFigures((0.25, 0.25), ones, ones, ones, errors, errors, curve))
+
+    calls = [call(0, (3.0, 1.0)), call(1, (2.0, 2.0))]
+    by_head = curves_of(calls, {0: {"a": (0.4, 0.0)}, 1: {"a": (0.2, -0.4)}}, {0: 1.0, 1: 1.0}, 0.25, 8)["a"]
+    assert [density for density, _ in by_head[0].points] == [0.125, 0.25, 0.5, 1.0], "from half the density on"
+    assert dict(by_head[0].points)[0.25] == pytest.approx(0.3)
+    assert dict(by_head[0].points)[0.5] == pytest.approx(0.2)
+    assert {loss for _, loss in by_head[1].points} == {0.0}, "a head that does no harm"
+    by_layer = curves_of(calls, {0: {"a": (0.4,)}, 1: {"a": (0.2,)}}, {0: 1.0, 1: 3.0}, 0.25, 8)["a"]
+    assert [dict(curve.points)[0.25] for curve in by_layer] == pytest.approx([(0.3 + 0.3) / 4, (0.1 + 0.3) / 4])
 
 
 def test_the_forwards_are_those_of_the_generation(audited: tuple[ClipPipeline, Measured, list[str]]) -> None:
@@ -125,7 +154,8 @@ def test_the_table_spends_what_was_asked_for_and_is_used(audited: tuple[ClipPipe
     assert found.table.mean == pytest.approx(math.ceil(0.25 * num_tiles) / num_tiles)
     assert found.table.tile == (2, 2, 2)
     assert found.budgeted.density == pytest.approx(found.sparse.density, rel=0.05), "tiles at borders are short"
-    assert len({share for heads in found.table.layers.values() for share in heads}) > 1
+    uniform = sum((forward.error * forward.moved) ** 2 for forward in found.forwards)
+    assert sum(((forward.budgeted or 9) * forward.moved) ** 2 for forward in found.forwards) <= uniform, "never worse"
     with openvsa.sparsify(pipe, budget=found.table) as handle:
         pipe(scene="glide", seed=1, num_inference_steps=2)
         for layer in handle.report().layers:
@@ -148,6 +178,20 @@ def test_at_density_one_nothing_is_lost() -> None:
         assert call.error < 1e-5
     assert found.forwards[0].error < 1e-4
     assert found.sparse.latents_error < 1e-4
+
+
+def test_layers_one_by_one() -> None:
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    audit = Audit(pipe, partial(pipe, scene="glide", seed=1), density=0.25, steps=2, audited=(1,), by="layer")
+    found = audit.run(with_table=True)
+    assert {name: len(gain) for name, gain in found.forwards[0].gains.items()} == {
+        "blocks.0.attn1": 1,
+        "blocks.1.attn1": 1,
+    }
+    assert found.table is not None
+    with pytest.raises(OpenVSAError, match="by must be 'head' or 'layer', got 'token'"):
+        Audit(pipe, lambda **_: torch.zeros(0), density=0.5, steps=2, audited=(1,), by="token")
 
 
 @pytest.mark.parametrize("audited", [(), (4,), (-1, 2)])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openvsa.errors import BudgetError
-from openvsa.evaluate.audit_budget import Curve, allocate, convex_hull
+from openvsa.evaluate.audit_budget import Curve, allocate, between, convex_hull
 
 
 def bowed(loss: float, bend: float) -> Curve:
@@ -52,9 +52,9 @@ def test_a_head_that_loses_nothing_gives_its_blocks_away() -> None:
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        (((0.5, 1.0),), "two or more"),
+        ((), "ascending"),
         (((0.5, 1.0), (0.4, 2.0), (1.0, 0.0)), "ascending"),
-        (((0.1, 1.0), (0.5, 0.0)), "the last 1"),
+        (((0.1, 1.0), (0.5, 0.0)), "the last of them 1"),
     ],
 )
 def test_a_curve_that_is_none(points: tuple[tuple[float, float], ...], message: str) -> None:
@@ -66,3 +66,17 @@ def test_a_curve_that_is_none(points: tuple[tuple[float, float], ...], message: 
 def test_a_density_that_cannot_be_spent(density: float, message: str) -> None:
     with pytest.raises(BudgetError, match=message):
         allocate({"a": [Curve(((0.5, 1.0), (1.0, 0.0)))]}, density, 12)
+
+
+def test_the_way_from_one_table_to_another_keeps_the_total() -> None:
+    start, end = {"a": (0.5, 0.5), "b": (0.5, 0.5)}, {"a": (0.1, 0.9), "b": (0.4, 0.6)}
+    assert between(start, end, 1.0, 10) == end
+    assert between(start, end, 0.0, 10) == start
+    half = between(start, end, 0.5, 10)
+    assert half == {"a": (0.3, 0.7), "b": (0.5, 0.5)}, "4.5 and 5.5 blocks: the first of equals is rounded up"
+    for share in (0.25, 0.3, 0.9):
+        assert sum(round(10 * one) for heads in between(start, end, share, 10).values() for one in heads) == 20
+
+
+def test_a_single_tile_is_read_whole() -> None:
+    assert allocate({"a": [Curve(((1.0, 0.0),))] * 2}, 0.5, 1) == {"a": (1.0, 1.0)}

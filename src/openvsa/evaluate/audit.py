@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openvsa.config import Budget
 from openvsa.errors import OpenVSAError
 from openvsa.evaluate.audit_attention import audit_call
-from openvsa.evaluate.audit_budget import Curve, allocate
+from openvsa.evaluate.audit_budget import Curve, allocate, between
 from openvsa.evaluate.audit_figures import CallAudit, ForwardAudit, SparseRun, TimedDensity
 from openvsa.evaluate.comparison import PassTime
 from openvsa.evaluate.quality import compare_clips
@@ -24,10 +24,13 @@ from openvsa.integrations.report import AttentionEvent
 from openvsa.layout import TileLayout
 from openvsa.select import BudgetTable, PooledTopK
 
-__all__ = ["CURVE", "Audit", "MakeClip", "Measured", "curves_of"]
+__all__ = ["CURVE", "LENGTHS", "Audit", "MakeClip", "Measured", "curves_of"]
 
 CURVE = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-"""Densities at which the output error of every head is measured."""
+"""Densities at which the output error of every head is measured, beside the one asked for and half of it."""
+
+LENGTHS = (1.0, 0.5, 0.25)
+"""How far from the uniform budget to an advised one a table is tried."""
 
 MakeClip = Callable[..., Tensor]
 """Makes a clip, uint8 [frames, height, width, 3], from `num_inference_steps` and `callback_on_step_end` (as in
@@ -71,7 +74,7 @@ class Audit:
 
     One dense generation keeps the inputs of one forward in each audited step (the first of the step, which under
     guidance is one of two). Each is then run again: densely, measuring every layer on the inputs that dense attention
-    gives it; sparsely, for the picture and the change of the prediction; and for a table with one layer sparse at a
+    gives it; sparsely, for the picture and the change of the prediction; and for a table sparsely but for one head at a
     time. A sparse generation gives the change of the clip. So the error of a layer is its own, and what errors do to
     each other shows in the prediction and in the clip.
 
@@ -83,6 +86,8 @@ class Audit:
         audited: the steps to look at, from 0.
         tile: as in `sparsify`.
         query_blocks: blocks of queries to look at in a call, evenly spread.
+        by: "head" or "layer": for a table, what is made dense at a time; heads take as many forwards as there are heads
+            in the model, times the audited steps.
         on_progress: called with what begins and in how many parts; what it returns is called after each part.
 
     Raises:
@@ -99,19 +104,24 @@ class Audit:
         audited: Collection[int],
         tile: tuple[int, ...] | None = None,
         query_blocks: int = 64,
+        by: str = "head",
         on_progress: Callable[[str, int], Callable[[], None]] = lambda *_: lambda: None,
     ) -> None:
         wrong = [step for step in audited if not 0 <= step < steps]
         if wrong or not audited:
             raise OpenVSAError(f"audited steps must be in 0..{steps - 1} and at least one, got {sorted(audited)}")
-        self._pipe, self._make_clip = pipe, make_clip
+        if by not in ("head", "layer"):
+            raise OpenVSAError(f"by must be 'head' or 'layer', got {by!r}")
+        self._pipe, self._make_clip, self._by = pipe, make_clip, by
         self._density, self._steps, self._audited = density, steps, frozenset(audited)
         self._tile, self._query_blocks, self._on_progress = tile, query_blocks, on_progress
 
     def run(self, *, with_table: bool) -> Measured:
         """Everything. `with_table` also makes a budget table and generates with it."""
         forwards: list[_Forward] = []
-        dense_clip, dense_latents, dense_time, _ = self._generate("full attention", observe, forwards)
+        moves: dict[int, float] = {}
+        dense_clip, dense_latents, dense_time, _ = self._generate("full attention", observe, forwards, moves)
+        moved = [moves.get(forward.step, moves.get(forward.step + 1, 1.0)) for forward in forwards]
         predictions, calls, layout = self._measure(forwards)
         recorder = AttentionRecorder(range(len(forwards)), max_heads=4, max_bytes=2 << 20)
         done = self._on_progress("sparse forwards", len(forwards))
@@ -123,12 +133,11 @@ class Audit:
             done()
         dense_forward, times = self._times(forwards[0])
 
-        table, alone, with_budget = None, [{} for _ in forwards], [None] * len(forwards)
+        table, gains, with_budget = None, [{} for _ in forwards], [None] * len(forwards)
         if with_table:
-            alone = self._alone(forwards, predictions, calls)
-            table = self._table(calls, alone, layout)
-            with self._sparse(table):
-                with_budget = [_relative(f(), p) for f, p in zip(forwards, predictions, strict=True)]
+            gains = self._gains(forwards, predictions, errors, calls)
+            harms = [(error * move) ** 2 for error, move in zip(errors, moved, strict=True)]
+            table, with_budget = self._table(forwards, predictions, errors, harms, calls, gains, layout)
 
         def sparse_run(name: str, budget: BudgetTable | None) -> tuple[SparseRun, Tensor]:
             clip, latents, taken, delivered = self._generate(name, lambda _: self._sparse(budget))
@@ -141,8 +150,8 @@ class Audit:
             layout,
             tuple(calls),
             tuple(
-                ForwardAudit(forward.step, error, only, ours)
-                for forward, error, only, ours in zip(forwards, errors, alone, with_budget, strict=True)
+                ForwardAudit(forward.step, error, move, only, ours)
+                for forward, error, move, only, ours in zip(forwards, errors, moved, gains, with_budget, strict=True)
             ),
             dense_time,
             sparse,
@@ -162,15 +171,25 @@ class Audit:
         return sparsify(self._pipe, budget=table, tile=self._tile)
 
     def _generate(
-        self, name: str, attach: Callable[[Any], SparseHandle], forwards: list[_Forward] | None = None
+        self,
+        name: str,
+        attach: Callable[[Any], SparseHandle],
+        forwards: list[_Forward] | None = None,
+        moves: dict[int, float] | None = None,
     ) -> tuple[Tensor, Tensor, PassTime, float]:
-        """A clip, its final latents, its time and the delivered density; keeps the audited forwards if asked to. One
-        untimed step first, because the first use of every kernel and buffer is slower than the rest."""
+        """A clip, its final latents, its time and the delivered density; keeps the audited forwards if asked to, and
+        how far the latents move in each step but the first, before which they are not told.
+
+        One untimed step first, because the first use of every kernel and buffer is slower than the rest.
+        """
         done = self._on_progress(name, self._steps)
         last: dict[str, Any] = {"step": 0, "latents": None}
 
         def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            last["step"], last["latents"] = step + 1, tensors["latents"]
+            before, now = last["latents"], tensors["latents"]
+            if moves is not None and before is not None:
+                moves[step] = float((now.float() - before.float()).norm())
+            last["step"], last["latents"] = step + 1, now.detach().clone()
             done()
             return tensors
 
@@ -220,6 +239,7 @@ class Audit:
         layouts: set[TileLayout] = set()
         done = self._on_progress("layers", len(forwards))
         selector, budget = PooledTopK(), Budget(keep_ratio=self._density)
+        densities = sorted({*CURVE, self._density / 2, self._density})
         for forward in forwards:
             seen: set[int] = set()
 
@@ -229,7 +249,7 @@ class Audit:
                 seen.add(event.layer)
                 figures = audit_call(
                     event.q, event.k, event.v, event.layout, selector, budget,
-                    densities=CURVE, max_rows=self._query_blocks,
+                    densities=densities, max_rows=self._query_blocks,
                 )  # fmt: skip
                 layouts.add(event.layout)
                 calls.append(CallAudit(step, event.timestep, event.layer, event.name, figures))
@@ -263,56 +283,122 @@ class Audit:
 
     # -- the table ----------------------------------------------------------------------------------------------
 
-    def _alone(
-        self, forwards: Sequence[_Forward], predictions: Sequence[Tensor], calls: Sequence[CallAudit]
-    ) -> list[dict[str, float]]:
-        """For every forward: layer -> relative change of the prediction with only that layer sparse."""
+    def _gains(
+        self,
+        forwards: Sequence[_Forward],
+        predictions: Sequence[Tensor],
+        errors: Sequence[float],
+        calls: Sequence[CallAudit],
+    ) -> list[dict[str, tuple[float, ...]]]:
+        """For every forward: see ForwardAudit.gains."""
         heads = {call.name: len(call.figures.output) for call in calls}
-        names = [[call.name for call in calls if call.step == forward.step] for forward in forwards]
-        done = self._on_progress("layers alone", sum(map(len, names)))
-        found: list[dict[str, float]] = []
-        for forward, prediction, here in zip(forwards, predictions, names, strict=True):
-            changes = {}
-            for name in here:
-                shares = {other: (self._density if other == name else 1.0,) * heads[other] for other in heads}
-                with self._sparse(BudgetTable(self._density, shares)):
-                    changes[name] = _relative(forward(), prediction)
+        units = [
+            [(call.name, head) for call in calls if call.step == forward.step for head in self._units(heads[call.name])]
+            for forward in forwards
+        ]
+        done = self._on_progress("heads" if self._by == "head" else "layers one by one", sum(map(len, units)))
+        found: list[dict[str, tuple[float, ...]]] = []
+        for forward, prediction, error, here in zip(forwards, predictions, errors, units, strict=True):
+            gains: dict[str, tuple[float, ...]] = {}
+            for name, head in here:
+                shares = {other: [self._density] * count for other, count in heads.items()}
+                shares[name] = [1.0 if head in (None, at) else self._density for at in range(heads[name])]
+                with self._sparse(_table_of(self._density, shares)):
+                    without = _relative(forward(), prediction)
+                gains[name] = (*gains.get(name, ()), 1 - (without / max(error, 1e-30)) ** 2)
                 done()
-            found.append(changes)
+            found.append(gains)
         return found
 
-    def _table(self, calls: Sequence[CallAudit], alone: Sequence[dict[str, float]], layout: TileLayout) -> BudgetTable:
-        """See `curves_of`."""
-        by_step = dict(zip(sorted({call.step for call in calls}), alone, strict=True))
-        shares = allocate(curves_of(calls, by_step, layout.num_tiles), self._density, layout.num_tiles)
-        return BudgetTable(self._density, shares, layout.tile)
+    def _units(self, heads: int) -> Sequence[int | None]:
+        return range(heads) if self._by == "head" else (None,)
+
+    def _table(
+        self,
+        forwards: Sequence[_Forward],
+        predictions: Sequence[Tensor],
+        errors: Sequence[float],
+        harms: Sequence[float],
+        calls: Sequence[CallAudit],
+        gains: Sequence[dict[str, tuple[float, ...]]],
+        layout: TileLayout,
+    ) -> tuple[BudgetTable, list[float]]:
+        """The table, and the change of every prediction with it. `harms` weigh the forwards, see `curves_of`.
+
+        What the curves advise holds near the uniform budget only, so the way there is tried at full, half and quarter
+        length on the audited forwards; where none of them is better than uniform, the table is uniform.
+        """
+        by_step = {forward.step: gain for forward, gain in zip(forwards, gains, strict=True)}
+        num_tiles = layout.num_tiles
+        weights = {forward.step: harm for forward, harm in zip(forwards, harms, strict=True)}
+        advised = allocate(curves_of(calls, by_step, weights, self._density, num_tiles), self._density, num_tiles)
+
+        def harm_of(found: Sequence[float]) -> float:
+            shares = [(ours / max(error, 1e-30)) ** 2 for ours, error in zip(found, errors, strict=True)]
+            return sum(harm * share for harm, share in zip(harms, shares, strict=True))
+
+        uniform = {name: (Budget(keep_ratio=self._density).blocks(num_tiles) / num_tiles,) * len(heads)
+                   for name, heads in advised.items()}  # fmt: skip
+        best = BudgetTable(self._density, uniform, layout.tile), list(errors)
+        done = self._on_progress("the table", len(LENGTHS))
+        for length in LENGTHS:
+            table = BudgetTable(self._density, between(uniform, advised, length, num_tiles), layout.tile)
+            with self._sparse(table):
+                found = [_relative(f(), p) for f, p in zip(forwards, predictions, strict=True)]
+            if harm_of(found) < harm_of(best[1]):
+                best = table, found
+            done()
+        return best
 
 
-def curves_of(calls: Sequence[CallAudit], alone: dict[int, dict[str, float]], num_tiles: int) -> dict[str, list[Curve]]:
-    """Layer -> for each head, the squared change of the model's prediction that it causes at each density.
+def curves_of(
+    calls: Sequence[CallAudit],
+    gains: Mapping[int, Mapping[str, tuple[float, ...]]],
+    weights: Mapping[int, float],
+    density: float,
+    num_tiles: int,
+) -> dict[str, list[Curve]]:
+    """Layer -> for each head, the share of the squared change of the model's prediction that it causes at each density.
 
-    What a head loses is measured where it arises, in its output; how much of that reaches the prediction, in one
-    forward for each layer, all of whose heads are sparse: `alone[step][layer]` squared, over the squared error of the
-    layer's output in that step, converts one into the other. Small errors of different layers add up in squares.
+    At the density asked for, that is what vanishes when the head is made dense while all others stay sparse (`gains`,
+    step -> layer -> heads; if measured for a layer only, split as its output error is). At other densities it grows
+    and shrinks as the squared error of the head's output does. Steps count by `weights` (step -> weight): the squared
+    change of the prediction times the squared way that the latents go in the step, which is what the error does to
+    them. A head whose loss does no harm has nothing to gain. A curve begins at half the density asked for: further
+    away the measurement says little.
+
+    A layer's change of the prediction with all others dense would be a poor measure: a model that was trained sparsely
+    mends in later layers much of what the first ones lose.
     """
+    kept = sorted({_blocks(p.asked, num_tiles) for p in calls[0].figures.curve if density / 2 <= p.asked < 1})
     sums: dict[str, list[list[float]]] = {}
-    seen: dict[str, int] = {}
-    kept = sorted({max(1, -int(-point.asked * num_tiles // 1)) for point in calls[0].figures.curve})
     for call in calls:
-        weight = alone[call.step][call.name] ** 2 / max(sum(call.figures.error), 1e-30)
-        points = {max(1, -int(-point.asked * num_tiles // 1)): point.error for point in call.figures.curve}
-        heads = sums.setdefault(call.name, [[0.0] * len(kept) for _ in call.figures.output])
+        figures, gain = call.figures, gains[call.step][call.name]
+        if len(gain) == 1:
+            whole = max(sum(figures.error), 1e-30)
+            gain = tuple(gain[0] * error / whole for error in figures.error)
+        points = {_blocks(point.asked, num_tiles): point.error for point in figures.curve}
+        heads = sums.setdefault(call.name, [[0.0] * len(kept) for _ in figures.output])
         for head, losses in enumerate(heads):
             for at, blocks in enumerate(kept):
-                losses[at] += weight * points[blocks][head]
-        seen[call.name] = seen.get(call.name, 0) + 1
-    densities = [blocks / num_tiles for blocks in kept]
+                losses[at] += weights[call.step] * gain[head] * points[blocks][head] / max(figures.error[head], 1e-30)
+    total = max(sum(weights[step] for step in {call.step for call in calls}), 1e-30)
 
-    def curve(losses: list[float], times: int) -> Curve:
-        points = [(density, loss / times) for density, loss in zip(densities, losses, strict=True) if density < 1]
+    def curve(losses: list[float]) -> Curve:
+        points = [
+            (n / num_tiles, max(0.0, loss / total)) for n, loss in zip(kept, losses, strict=True) if n < num_tiles
+        ]
         return Curve((*points, (1.0, 0.0)))
 
-    return {name: [curve(losses, seen[name]) for losses in heads] for name, heads in sums.items()}
+    return {name: [curve(losses) for losses in heads] for name, heads in sums.items()}
+
+
+def _blocks(share: float, num_tiles: int) -> int:
+    return Budget(keep_ratio=share).blocks(num_tiles)
+
+
+def _table_of(density: float, shares: Mapping[str, Sequence[float]]) -> BudgetTable:
+    return BudgetTable(density, {name: tuple(heads) for name, heads in shares.items()})
 
 
 def _renumbered(record: AttentionRecord | None, steps: Sequence[int]) -> AttentionRecord | None:

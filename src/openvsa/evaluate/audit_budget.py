@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from openvsa.errors import BudgetError
 
-__all__ = ["Curve", "allocate", "convex_hull"]
+__all__ = ["Curve", "allocate", "between", "convex_hull"]
 
 Point = tuple[float, float]
 
@@ -25,8 +25,8 @@ class Curve:
 
     def __post_init__(self) -> None:
         densities = [density for density, _ in self.points]
-        if len(densities) < 2 or sorted(set(densities)) != densities or densities[0] <= 0 or densities[-1] != 1:
-            raise BudgetError(f"a curve needs two or more ascending densities in (0, 1], the last 1, got {densities}")
+        if not densities or sorted(set(densities)) != densities or densities[0] <= 0 or densities[-1] != 1:
+            raise BudgetError(f"a curve needs ascending densities in (0, 1], the last of them 1, got {densities}")
 
 
 def convex_hull(points: Sequence[Point]) -> list[Point]:
@@ -97,9 +97,28 @@ def allocate(curves: Mapping[str, Sequence[Curve]], density: float, num_blocks: 
     }
 
 
+def between(
+    start: Mapping[str, tuple[float, ...]], end: Mapping[str, tuple[float, ...]], share: float, num_blocks: int
+) -> dict[str, tuple[float, ...]]:
+    """Densities on the way from one table to another of the same total, in whole blocks and of that total."""
+    places = [(layer, head) for layer, heads in start.items() for head in range(len(heads))]
+    wanted = [num_blocks * ((1 - share) * start[at][head] + share * end[at][head]) for at, head in places]
+    kept = [math.floor(blocks + 1e-9) for blocks in wanted]
+    missing = round(sum(wanted)) - sum(kept)
+    # The blocks lost in rounding down go to those who lost most; of equals to the first.
+    for place in sorted(range(len(places)), key=lambda place: kept[place] - wanted[place])[:missing]:
+        kept[place] += 1
+    found: dict[str, tuple[float, ...]] = {}
+    for (layer, _), blocks in zip(places, kept, strict=True):
+        found[layer] = (*found.get(layer, ()), blocks / num_blocks)
+    return found
+
+
 def _by_block(hull: list[Point], num_blocks: int) -> list[float]:
     """The loss at 0, 1, ..., N blocks, on straight lines between the points of a hull; before the first, on its first
     line."""
+    if len(hull) == 1:
+        return [hull[0][1]] * (num_blocks + 1)
     losses, segment = [], 0
     for blocks in range(num_blocks + 1):
         density = blocks / num_blocks

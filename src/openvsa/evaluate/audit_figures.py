@@ -68,13 +68,15 @@ class ForwardAudit:
     """One forward of the transformer, repeated with its own inputs.
 
     error: norm of the change of its prediction over the norm of the prediction, all layers sparse at the uniform
-    density. alone: layer -> the same with only that layer sparse; empty unless a table was asked for. budgeted: the
-    same as `error` with the table.
+    density. moved: norm of the way that the latents go in this step. gains: layer -> for each head, the share of the
+    squared change that vanishes when this head alone is made dense (below 0 if it grows); one entry for the whole layer
+    if layers were measured; empty unless a table was asked for. budgeted: the same as `error` with the table.
     """
 
     step: int
     error: float
-    alone: Mapping[str, float]
+    moved: float
+    gains: Mapping[str, tuple[float, ...]]
     budgeted: float | None
 
 
@@ -227,7 +229,10 @@ class AuditFigures:
         return cls(
             AuditSettings(**settings),
             tuple(CallAudit(**(call | {"figures": figures(call["figures"])})) for call in content["calls"]),
-            tuple(ForwardAudit(**forward) for forward in content["forwards"]),
+            tuple(
+                ForwardAudit(**(forward | {"gains": {name: tuple(of) for name, of in forward["gains"].items()}}))
+                for forward in content["forwards"]
+            ),
             PassTime(**content["dense"]),
             sparse,
             content["dense_forward"],

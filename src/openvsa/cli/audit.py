@@ -1,0 +1,215 @@
+"""`openvsa audit`: what sparse attention keeps, loses and saves in a model, as a page and as numbers."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from openvsa.errors import OpenVSAError, require
+
+if TYPE_CHECKING:
+    from openvsa.evaluate.audit_figures import AuditFigures
+
+__all__ = ["run_audit"]
+
+_PACKAGES = ("diffusers", "numpy", "PIL", "jinja2", "torchmetrics")
+
+
+def run_audit(
+    *,
+    model: str | None,
+    prompt: str | None,
+    scene: str | None,
+    sizes: Mapping[str, int | None],
+    density: float,
+    seed: int,
+    steps: int,
+    at: str | None,
+    query_blocks: int,
+    by: str,
+    budget: Path | None,
+    device: str,
+    out: Path,
+    console: Console | None = None,
+) -> Path:
+    """Audits a model and returns the path of the page. Every argument is checked before any work.
+
+    Args:
+        model: a folder that `openvsa train` made, or a Diffusers pipeline; None is the bundled model.
+        prompt, sizes: for a Diffusers pipeline: the text, and `height`, `width` and `num_frames`.
+        scene: for the other two: the scene to continue.
+
+    Raises:
+        OpenVSAError: an argument is wrong, a package is missing, or the model cannot be loaded.
+    """
+    for package in _PACKAGES:
+        require(package, extra="demo")
+    from openvsa.cli.generate_pair import available, check_numbers, describe, versions
+    from openvsa.evaluate import check_output_folder
+    from openvsa.evaluate.audit import Audit
+    from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings
+    from openvsa.evaluate.audit_page import write_audit
+    from openvsa.evaluate.files import atomic_path
+
+    check_numbers(density, seed, steps)
+    if query_blocks < 1:
+        raise OpenVSAError(f"--query-blocks must be at least 1, got {query_blocks}")
+    if by not in ("head", "layer"):
+        raise OpenVSAError(f"--by must be head or layer, got {by!r}")
+    audited = _audited(at, steps)
+    where = available(device)
+    if model is None or (Path(model) / "manifest.json").is_file():
+        subject = _own(model, scene, prompt, sizes, seed, where)
+    else:
+        subject = _diffusers(model, scene, prompt, sizes, seed, where)
+    check_output_folder(out)
+    if budget is not None:
+        check_output_folder(budget.parent)
+
+    options = subject.options | {
+        "--density": density, "--seed": seed, "--steps": steps, "--at": ",".join(map(str, audited)),
+        "--query-blocks": query_blocks, "--by": by, "--device": device, "--out": out, "--budget": budget,
+    }  # fmt: skip
+    words = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    console = console or Console()
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn once a part: a drawing thread would take its share of the processor from what is being timed.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+
+        def bar(description: str, total: int) -> Callable[[], None]:
+            task = progress.add_task(description, total=total)
+            progress.refresh()
+            return lambda: progress.update(task, advance=1, refresh=True)
+
+        audit = Audit(
+            subject.pipe, subject.make_clip, density=density, steps=steps, audited=audited, query_blocks=query_blocks,
+            by=by, on_progress=bar,
+        )  # fmt: skip
+        found = audit.run(with_table=budget is not None)
+    layout = found.layout
+    settings = AuditSettings(
+        model="the bundled model" if model is None else Path(model).name,
+        subject=subject.title,
+        command=shlex.join(["openvsa", "audit", *([model] if model else []), *words]),
+        seed=seed,
+        steps=steps,
+        density=density,
+        grid=layout.grid,
+        tile=layout.tile,
+        num_tiles=layout.num_tiles,
+        query_blocks=min(query_blocks, layout.num_blocks),
+        device=describe(where),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+    )
+    figures = AuditFigures(
+        settings, found.calls, found.forwards, found.dense, found.sparse, found.dense_forward, found.times,
+        found.table, found.budgeted,
+    )  # fmt: skip
+    page = write_audit(figures, out, clip=found.sparse_clip, attention=found.attention)
+    if budget is not None and found.table is not None:
+        with atomic_path(budget) as temporary:
+            found.table.save(temporary)
+    console.print(_summary(figures, page, budget), highlight=False, soft_wrap=True)
+    return page
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model, and how it makes the clip that is audited. `options` of the command line choose the clip."""
+
+    pipe: Any
+    make_clip: Callable[..., Tensor]
+    title: str
+    options: dict[str, Any]
+
+
+def _own(
+    model: str | None,
+    scene: str | None,
+    prompt: str | None,
+    sizes: Mapping[str, int | None],
+    seed: int,
+    device: torch.device,
+) -> _Subject:
+    """The bundled model, or one that `openvsa train` made."""
+    from openvsa import models
+
+    given = ["prompt"] if prompt is not None else [name for name, size in sizes.items() if size is not None]
+    if given:
+        raise OpenVSAError(f"{given[0]} is for Diffusers pipelines; this model continues a scene: give --scene")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    pipe = models.load_bundled(device, dtype) if model is None else models.load_pipeline(Path(model), device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = pipe.scenes[0] if scene is None else pipe.find_scene(scene)
+    return _Subject(pipe, partial(pipe, scene=chosen.name, seed=seed), chosen.title, {"--scene": chosen.name})
+
+
+def _diffusers(
+    model: str,
+    scene: str | None,
+    prompt: str | None,
+    sizes: Mapping[str, int | None],
+    seed: int,
+    device: torch.device,
+) -> _Subject:
+    """Any Diffusers pipeline that `openvsa generate --model` takes, if it tells of its steps."""
+    from openvsa.cli.generate_model import _arguments, _clip_of, _load, _pipeline_class
+
+    if scene is not None:
+        raise OpenVSAError("--scene is for the bundled model; a Diffusers pipeline takes --prompt")
+    kind = _pipeline_class(model)
+    asks = inspect.signature(kind.__call__).parameters
+    if "callback_on_step_end" not in asks:
+        raise OpenVSAError(f"{kind.__name__} takes no callback_on_step_end, from which an audit learns the steps")
+    given = _arguments(kind, asks, prompt, None, sizes)
+    pipe = _load(kind, model, device)
+
+    def make_clip(**keywords: Any) -> Tensor:
+        # Drawn on the CPU, so that every device starts from the same noise.
+        return _clip_of(pipe(**given, **keywords, output_type="np", generator=torch.Generator().manual_seed(seed)))
+
+    options = {"--prompt": prompt, "--height": sizes["height"], "--width": sizes["width"]}
+    return _Subject(pipe, make_clip, shorten(prompt or "", 90), options | {"--frames": sizes["num_frames"]})
+
+
+def _audited(at: str | None, steps: int) -> tuple[int, ...]:
+    """The steps to look at: three, the last among them, if none are named."""
+    if at is None:
+        return tuple(sorted({steps // 6, steps // 2, steps - 1}))
+    try:
+        found = tuple(sorted({int(word) for word in at.split(",")}))
+    except ValueError:
+        raise OpenVSAError(f"--at takes steps with commas between, such as 1,4,6; got {at!r}") from None
+    if not 0 <= found[0] <= found[-1] < steps:
+        raise OpenVSAError(f"--at must name steps in 0..{steps - 1}, got {at}")
+    return found
+
+
+def _summary(figures: AuditFigures, page: Path, budget: Path | None) -> str:
+    sparse, dense = figures.sparse, figures.dense
+    lines = [
+        f"recall     {figures.recall:.1%} of attention on {sparse.density:.1%} of the pairs; at best it would be "
+        f"{figures.oracle_recall:.1%}",
+        f"likeness   PSNR {sparse.quality.mean_psnr:.1f} dB, SSIM {sparse.quality.mean_ssim:.3f}",
+        f"in all     {dense.total_seconds:.1f} s -> {sparse.time.total_seconds:.1f} s, and no faster than "
+        f"{figures.ceiling:.2f}x at any density",
+    ]
+    if figures.budgeted is not None:
+        ours = figures.budgeted
+        lines.append(
+            f"table      PSNR {ours.quality.mean_psnr:.1f} dB, SSIM {ours.quality.mean_ssim:.3f} at density "
+            f"{ours.density:.1%}, in {budget}"
+        )
+    return "\n".join([*lines, f"open {page}"])

@@ -1,0 +1,119 @@
+"""`openvsa audit` from the arguments to the files, around a small model with random weights."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+from openvsa import models
+from openvsa.evaluate.audit_figures import AuditFigures
+from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes, save_pipeline
+from openvsa.models.shots import ShotTokens
+from openvsa.select import BudgetTable
+
+WRONG = {
+    "density": (["--density", "0"], r"keep_ratio must be in \(0, 1\], got 0"),
+    "seed": (["--seed", "-1"], "--seed must be at least 0"),
+    "at-word": (["--at", "first"], "--at takes steps with commas between, such as 1,4,6; got 'first'"),
+    "at-late": (["--at", "0,2", "--steps", "2"], r"--at must name steps in 0\.\.1, got 0,2"),
+    "by": (["--by", "token"], "--by must be head or layer, got 'token'"),
+    "device": (["--device", "toaster"], "--device must be cpu, cuda or cuda:N, got 'toaster'"),
+    "scene": (["--scene", "moon"], "there is no scene 'moon'"),
+    "prompt": (["--prompt", "a fox"], "prompt is for Diffusers pipelines; this model continues a scene"),
+    "height": (["--height", "64"], "height is for Diffusers pipelines"),
+    "out": (["--out", "/proc/nowhere"], "cannot write to the output folder '/proc/nowhere'"),
+    "budget": (["--budget", "/proc/nowhere/table.json"], "cannot write to the output folder '/proc/nowhere'"),
+    "model": (["no-such-folder/at/all"], "no-such-folder/at/all"),
+}
+
+
+def small_pipeline(layers: int = 2) -> ClipPipeline:
+    torch.manual_seed(0)
+    components = 8
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=16, in_channels=2 * components,
+        out_channels=components, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=layers, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    ).eval()  # fmt: skip
+    return ClipPipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        PatchTokenizer(num_components=components, num_time_cells=3),
+        ShotTokens(num_rows=FilmShots.bundled().num_rows, num_tokens=2, dim=8),
+        scenes=bundled_scenes(),
+        frame_size=(48, 80),
+    )
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Puts the small model in the place of the bundled one, and lists the number of steps of every generation."""
+    steps: list[int] = []
+    generate = ClipPipeline.__call__
+
+    def counted(self: ClipPipeline, *args, **kwargs) -> torch.Tensor:
+        steps.append(kwargs["num_inference_steps"])
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(models, "load_bundled", lambda *_: small_pipeline())
+    monkeypatch.setattr(ClipPipeline, "__call__", counted)
+    return steps
+
+
+def test_an_audit_is_a_page_its_numbers_and_a_table(openvsa_command: Callable, made: list[int], tmp_path: Path) -> None:
+    out, table = tmp_path / "new" / "folder", tmp_path / "tables" / "table.json"
+    options = ["--scene", "glide", "--density", 0.5, "--steps", 3, "--at", "2,0", "--out", out, "--budget", table]
+    outcome = openvsa_command("audit", *options)
+    assert outcome.status == 0, outcome.err
+    assert f"open {out}/audit.html" in outcome.out
+    assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json"]
+    assert made == [1, 3, 1, 3, 1, 3], "dense, sparse and with the table, one untimed step before each"
+    figures = AuditFigures.from_json((out / "audit.json").read_text())
+    assert figures.settings.model == "the bundled model"
+    assert list(figures.steps) == [0, 2]
+    assert figures.table == BudgetTable.load(table)
+    program, *arguments = shlex.split(figures.settings.command)
+    assert program == "openvsa"
+    assert openvsa_command(*arguments).status == 0
+    again = AuditFigures.from_json((out / "audit.json").read_text())
+    assert (again.calls, again.sparse.quality) == (figures.calls, figures.sparse.quality), "the same numbers"
+
+
+def test_without_a_table_and_without_options(
+    openvsa_command: Callable, made: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = openvsa_command("audit")
+    assert outcome.status == 0, outcome.err
+    assert made == [1, 8, 1, 8]
+    figures = AuditFigures.from_json(Path("audit/audit.json").read_text())
+    assert list(figures.steps) == [1, 4, 7]
+    assert figures.table is None
+    assert "table" not in outcome.out
+
+
+def test_a_model_of_ones_own(openvsa_command: Callable, tmp_path: Path) -> None:
+    save_pipeline(small_pipeline(layers=1), tmp_path / "mine", {})
+    outcome = openvsa_command("audit", tmp_path / "mine", "--steps", 1, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    figures = AuditFigures.from_json((tmp_path / "out" / "audit.json").read_text())
+    assert figures.settings.model == "mine"
+    assert len(figures.layers) == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_argument_is_reported_before_any_work(
+    openvsa_command: Callable, made: list[int], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    outcome = openvsa_command("audit", *([] if "--out" in arguments else ["--out", tmp_path]), *arguments)
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: ")
+    assert re.search(message, outcome.err)
+    assert made == []
+    assert list(tmp_path.iterdir()) == []
