@@ -72,6 +72,50 @@ def generate(
 
 @app.command()
 @plain_errors()
+def audit(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Diffusers pipeline, or folder of `openvsa train`; by default the bundled model."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to make a video of, for a Diffusers pipeline.")] = None,
+    scene: Annotated[str | None, typer.Option(help="Scene to continue, for the bundled model.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, for a Diffusers pipeline.")] = None,
+    width: Annotated[int | None, typer.Option(help="The same.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, for a Diffusers pipeline.")] = None,
+    density: Annotated[float, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1].")] = 0.125,
+    budget: Annotated[
+        Path | None, typer.Option(help="File to write a table of densities by layer and head to, of the same mean.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
+    at: Annotated[str | None, typer.Option(help="Steps to look at, with commas between; by default three.")] = None,
+    query_blocks: Annotated[int, typer.Option(min=1, help="Query blocks to look at in each layer.")] = 64,
+    by: Annotated[str, typer.Option(help="What --budget tries one by one: head, or the quicker layer.")] = "head",
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the page and its numbers.")] = Path("audit"),
+) -> None:
+    """Measure what sparse attention keeps, loses and saves in a model, by layer, head and step."""
+    from openvsa.cli.audit import run_audit
+
+    run_audit(
+        model=model,
+        prompt=prompt,
+        scene=scene,
+        sizes={"height": height, "width": width, "num_frames": frames},
+        density=density,
+        seed=seed,
+        steps=steps,
+        at=at,
+        query_blocks=query_blocks,
+        by=by,
+        budget=budget,
+        device=device,
+        out=out,
+    )
+
+
+@app.command()
+@plain_errors()
 def train(
     preset: Annotated[
         str, typer.Option(help="Recipe: miniature runs on a CPU, bundled made the bundled model.")
