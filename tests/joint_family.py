@@ -89,6 +89,7 @@ class JointFamilyTests:
     layers: ClassVar[tuple[str, ...]]
     dense_attentions: ClassVar[int] = 0  # attention modules beside the video's own, which keep their processors
     forward: ClassVar[tuple[str, ...]]  # arguments of the transformer's forward that the family reads
+    fullgraph: ClassVar[bool] = True  # whether a block compiles into one graph
     config: ClassVar[tuple[str, ...]] = ()  # entries of the transformer's config that the family reads
     steps: ClassVar[tuple[float, ...]] = (900.0, 800.0, 700.0, 600.0)  # timesteps as the pipeline gives them
     texts: ClassVar[tuple[int, int]] = (7, 7)  # valid text tokens of the two samples of a batch
@@ -175,7 +176,7 @@ class JointFamilyTests:
         with openvsa.sparsify(model, density=0.3):
             eager = run(model, inputs)
             for block in _blocks(model, self.layers):
-                block.compile(backend="aot_eager")
+                block.compile(backend="aot_eager", fullgraph=self.fullgraph)
             close(run(model, inputs), eager)
 
     def test_sparse_attention_is_dense_attention_under_the_mask_of_its_plan(self) -> None:
