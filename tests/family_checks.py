@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +62,28 @@ def check_only_these_are_sparse(model: nn.Module, run: Run, grid: tuple[int, ...
     assert [layer.name for layer in layers] == names
     assert {(layer.grid, layer.calls) for layer in layers} == {(grid, 1)}
     assert all(layer.delivered_density < 1 for layer in layers)
+
+
+def check_hoist(model: nn.Module, run: Callable[[], Tensor], atol: float = 1e-5) -> None:
+    """The order of tokens changes once for all layers, which gives what a change in every layer gives."""
+    family, permute = type(family_of(model)), openvsa.TileLayout.permute
+    assert family_of(model).hoist(model) is not None
+    calls: list[int] = []
+
+    def counted(self: openvsa.TileLayout, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(x.shape[1])
+        return permute(self, x, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvsa.TileLayout, "permute", counted)
+        with openvsa.sparsify(model, density=0.4) as handle:
+            hoisted = run()
+            assert handle._session.forward.hoisted
+        once = len(calls)
+        patch.setattr(family, "hoist", lambda self, transformer: None)
+        with openvsa.sparsify(model, density=0.4):
+            close(run(), hoisted, atol)
+        assert len(calls) - once == 3 * len(family_of(model).attentions(model)), "queries, keys, values in each layer"
 
 
 def check_contract(model: nn.Module, run: Run, grid: tuple[int, ...], processor: str, forward: set[str]) -> None:

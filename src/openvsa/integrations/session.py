@@ -389,6 +389,8 @@ class Site:
         if dense or self.hoist is None or getattr(module, "is_cache_enabled", False):
             # A cache holds hidden states of other steps, whose order may be another.
             return None
+        if self.hoist.whole and (sequence.prefix or sequence.suffix):
+            return None
         forward.hoisted = True
         layout = forward.lattice
         moved = {name: arguments.get(name) for name in self.hoist.arguments}

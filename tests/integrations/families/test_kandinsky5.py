@@ -77,6 +77,10 @@ def test_contract_with_diffusers(model: Kandinsky5Transformer3DModel) -> None:
     checks.check_contract(model, run, GRID, "Kandinsky5AttnProcessor", forward)
 
 
+def test_tokens_change_their_order_once(model: Kandinsky5Transformer3DModel) -> None:
+    checks.check_hoist(model, lambda: run(model, (5, 7, 9)), ATOL)
+
+
 def test_its_own_sparsity_is_refused(model: Kandinsky5Transformer3DModel) -> None:
     params = {"to_fractal": True, "P": 0.9, "sta_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
     with (

@@ -88,6 +88,17 @@ def test_contract_with_diffusers(model: LTXVideoTransformer3DModel) -> None:
     checks.check_contract(model, run, GRID, "LTXVideoAttnProcessor", forward)
 
 
+def test_tokens_change_their_order_once(model: LTXVideoTransformer3DModel) -> None:
+    """Noise levels that differ between tokens, as in image to video, change with them."""
+    given = inputs(315, (0, 1)) | {"timestep": 700 * torch.rand(2, 315, generator=torch.Generator().manual_seed(2))}
+
+    def run_one() -> Tensor:
+        with torch.no_grad():
+            return model(**given, num_frames=5, height=7, width=9)[0]
+
+    checks.check_hoist(model, run_one)
+
+
 def test_conditioning_frames_stay_dense(model: LTXVideoTransformer3DModel) -> None:
     grid = (5, 6, 8)
     dense = run_conditioned(model, grid)

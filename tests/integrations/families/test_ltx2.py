@@ -105,6 +105,15 @@ def test_contract_with_diffusers(model: LTX2VideoTransformer3DModel) -> None:
     checks.check_contract(model, run, GRID, "LTX2AudioVideoAttnProcessor", forward)
 
 
+@pytest.mark.parametrize("rope", ["interleaved", "split"])
+def test_tokens_change_their_order_once(rope: str) -> None:
+    """Noise levels that differ between tokens, as in image to video, change with them; audio keeps its order."""
+    model = build(rope_type=rope)
+    more = {"timestep": 700 * torch.rand(2, 315, generator=torch.Generator().manual_seed(2))}
+    more["audio_timestep"] = torch.full((2,), 700.0)
+    checks.check_hoist(model, lambda: run(model, (5, 7, 9), **more))
+
+
 def test_keyframes_stay_dense(model: LTX2VideoTransformer3DModel) -> None:
     grid = (5, 6, 8)
     dense = run_with_keyframe(model, grid)

@@ -58,11 +58,14 @@ class Hoist:
             of it, if it is a tuple); one axis if the lattice is flat already.
         exit: (module, axis): the module behind the last layer, whose output goes back to raster order.
         arguments: names of forward arguments that hold one number a token, as tensors [B, S]; others are left alone.
+        whole: the entries hold the tokens before and after the lattice too. Where there are any, the order stays, and
+            each layer permutes for itself.
     """
 
     entries: tuple[tuple[nn.Module, int, int], ...]
     exit: tuple[nn.Module, int]
     arguments: tuple[str, ...] = ()
+    whole: bool = False
 
 
 class Family(ABC):

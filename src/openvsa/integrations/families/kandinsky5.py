@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from openvsa.errors import UnsupportedError
-from openvsa.integrations.families.base import Family, Sequence
+from openvsa.integrations.families.base import Family, Hoist, Sequence
 
 __all__ = ["Kandinsky5"]
 
@@ -39,3 +39,7 @@ class Kandinsky5(Family):
         latents = kwargs["hidden_states"]
         config = transformer.config
         return Sequence(tuple(side // size for side, size in zip(latents.shape[1:4], config.patch_size, strict=True)))
+
+    def hoist(self, transformer: Any) -> Hoist | None:
+        entries = ((transformer.visual_embeddings, 1, 3), (transformer.visual_rope_embeddings, 1, 3))
+        return Hoist(entries, (transformer.visual_transformer_blocks[-1], 1))

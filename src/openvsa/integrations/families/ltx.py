@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openvsa.errors import UnsupportedError
-from openvsa.integrations.families.base import Family, Sequence
+from openvsa.integrations.families.base import Family, Hoist, Sequence
 from openvsa.integrations.families.coordinates import sequence_of_coordinates
 
 __all__ = ["LTX"]
@@ -46,3 +46,7 @@ class LTX(Family):
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         # One for each token where some are conditioning, which is further denoised than the video.
         return kwargs["timestep"].amax()
+
+    def hoist(self, transformer: Any) -> Hoist | None:
+        entries = ((transformer.rope, 1, 1), (transformer.proj_in, 1, 1))
+        return Hoist(entries, (transformer.proj_out, 1), ("timestep",), whole=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openvsa.errors import UnsupportedError
-from openvsa.integrations.families.base import Family, Sequence
+from openvsa.integrations.families.base import Family, Hoist, Sequence
 
 __all__ = ["LTX2"]
 
@@ -54,6 +54,13 @@ class LTX2(Family):
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         # One for each token where some are conditioning, which is further denoised than the video.
         return kwargs["timestep"].amax()
+
+    def hoist(self, transformer: Any) -> Hoist | None:
+        if transformer.config.use_keyframes_abs_pos_embedding:  # a mask [B, S, 1] goes in beside the tokens
+            return None
+        tokens = 2 if transformer.config.rope_type == "split" else 1  # [B, H, S, D] or [B, S, D]
+        ropes = tuple((rope, tokens, tokens) for rope in (transformer.rope, transformer.cross_attn_rope))
+        return Hoist((*ropes, (transformer.proj_in, 1, 1)), (transformer.proj_out, 1), ("timestep",), whole=True)
 
     def without_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Spatio-temporal guidance replaces the attention of chosen blocks by their values."""
