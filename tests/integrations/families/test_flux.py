@@ -13,6 +13,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor, nn
 
 import openvsa
@@ -138,6 +139,13 @@ def test_a_reference_image_stays_dense() -> None:
     assert {(event.layout.grid, event.layout.prefix, event.layout.suffix) for event in events} == {((6, 8), TEXT, 12)}
     text = list(events[-1].layout.text_blocks)
     assert events[-1].plan.block_mask()[..., text].all()
+
+
+def test_an_ip_adapter_is_refused() -> None:
+    model = build()
+    model.get_submodule("transformer_blocks.0.attn").set_processor(FluxIPAdapterAttnProcessor(32, 12))  # type: ignore[operator]
+    with pytest.raises(openvsa.UnsupportedError, match="FluxIPAdapterAttnProcessor"):
+        openvsa.sparsify(model, density=0.3)
 
 
 def test_large_images_in_bfloat16_ids() -> None:
