@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import LTXConditionPipeline, LTXVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+)
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from PIL import Image
 from torch import Tensor
 
 import family_checks as checks
@@ -157,3 +168,67 @@ def test_sizes_of_one_beside_coordinates_are_ignored(model: LTXVideoTransformer3
 
     events = checks.events_of(model, run_one, density=0.5)
     assert [event.layout.grid for event in events] == [(3, 4, 6)] * 2
+
+
+def autoencoder() -> AutoencoderKLLTXVideo:
+    """Each latent is 4 x 4 x 4 pixels."""
+    halves = (True, True, False, False)
+    return AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=halves,
+        decoder_spatio_temporal_scaling=halves,
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        patch_size=1,
+    ).eval()
+
+
+PICTURE = Image.new("RGB", (32, 32), "red")
+CONDITIONS = [LTXVideoCondition(image=PICTURE, frame_index=index) for index in (0, 8)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "prefix"),
+    [
+        (LTXPipeline, {}, 0),
+        (LTXImageToVideoPipeline, {"image": PICTURE}, 0),
+        (LTXConditionPipeline, {"conditions": CONDITIONS}, 128),
+    ],
+    ids=["text", "image", "conditions"],
+)
+def test_whole_pipelines(model: LTXVideoTransformer3DModel, kind: Any, more: dict[str, Any], prefix: int) -> None:
+    """Guidance, noise levels per token and conditioning as the pipelines make them, to the latents."""
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": autoencoder(), "transformer": model}
+    pipe = kind(**parts, text_encoder=None, tokenizer=None)
+    pipe.set_progress_bar_config(disable=True)
+    embeds, masks = checks.randoms((0, 1), 1, 5, 16), torch.ones(2, 1, 5)
+
+    def run_pipe() -> Tensor:
+        return pipe(
+            prompt_embeds=embeds[0],
+            negative_prompt_embeds=embeds[1],
+            prompt_attention_mask=masks[0],
+            negative_prompt_attention_mask=masks[1],
+            height=64,
+            width=32,
+            num_frames=17,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **more,
+        ).frames
+
+    dense = run_pipe()
+    with openvsa.sparsify(pipe, density=1.0):
+        checks.close(run_pipe(), dense)
+    events = checks.events_of(pipe, run_pipe, density=0.3)
+    assert {(event.layout.grid, event.layout.prefix) for event in events} == {((5, 16, 8), prefix)}
+    levels = [event.timestep for event in events]
+    assert len(set(levels)) == 3
+    assert levels == sorted(levels, reverse=True)
+    assert torch.equal(run_pipe(), dense)
