@@ -168,6 +168,16 @@ def test_offloaded_weights(first: str) -> None:
     assert torch.equal(run(model), dense)
 
 
+def test_a_model_that_is_offloaded_as_a_whole() -> None:
+    reference = tiny_wan()
+    attach(reference)
+    model = tiny_wan()
+    attach(model)
+    model, hook = accelerate.cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+    assert torch.equal(run(model), run(reference))
+    hook.remove()
+
+
 def test_fused_projections_after_attaching() -> None:
     model = tiny_wan()
     attach(model)

@@ -48,13 +48,17 @@ def test_dense_first_steps_are_bit_identical_and_begin_again_with_a_generation()
 
 def test_dense_last_steps_need_the_scheduler() -> None:
     model = tiny_wan()
+    dense = {level: run(model, level) for level in LEVELS}
     config = SparsityConfig(density=0.2, tile=(1, 2, 2), dense_last_steps=1)
     with pytest.raises(openvsa.UnsupportedError, match="give sparsify the pipeline"):
         openvsa.sparsify(model, config=config)
     pipe = SimpleNamespace(transformer=model, scheduler=SimpleNamespace(timesteps=torch.tensor(LEVELS)))
     with openvsa.sparsify(pipe, config=config) as handle:
         found = densities(handle, model, LEVELS)
-    assert [one == 1 for one in found] == [False] * 4 + [True]
+        assert [one == 1 for one in found] == [False] * 4 + [True]
+        pipe.scheduler.begin_index = 2  # video to video, begun midway
+        same = [torch.equal(run(model, level), dense[level]) for level in LEVELS[2:]]
+    assert same == [False, False, True]
 
 
 def test_densities_by_step_and_by_layer() -> None:

@@ -64,7 +64,8 @@ class Part:
 
     def samples(self, x: Tensor) -> Tensor:
         """Their valid tokens: x [B, S, ...] to [B', S', ...]."""
-        return (x if self.rows is None else x.index_select(0, self.rows))[:, : self.layout.num_tokens]
+        rows = None if self.rows is None else self.rows.to(x.device)  # elsewhere if the model is offloaded
+        return (x if rows is None else x.index_select(0, rows))[:, : self.layout.num_tokens]
 
 
 @dataclass
@@ -210,7 +211,7 @@ class Session:
         if len(outs) == 1:
             return outs[0].transpose(1, 2)
         rows = torch.cat([one.rows for one in parts if one.rows is not None])
-        return torch.cat(outs).index_select(0, rows.argsort()).transpose(1, 2)
+        return torch.cat(outs).index_select(0, rows.argsort().to(q.device)).transpose(1, 2)
 
     def _sparse(
         self,
@@ -446,7 +447,9 @@ class Site:
         if config.needs_steps:
             step = self._step(sequence, timestep)
             if config.dense_last_steps:
-                num_steps = len(session.scheduler.timesteps.unique())
+                # Video to video begins midway.
+                first = getattr(session.scheduler, "begin_index", None) or 0
+                num_steps = len(session.scheduler.timesteps[first:].unique())
             if config.reuse_steps > 1:
                 reuse = self._plans_of(step, config.reuse_steps, (sequence, len(self.processors)), condition)
         forward = session.forward
