@@ -93,7 +93,7 @@ def test_without_a_table_and_without_options(
     assert outcome.status == 0, outcome.err
     assert made == [1, 8, 1, 8]
     figures = AuditFigures.from_json(Path("audit/audit.json").read_text())
-    assert list(figures.steps) == [1, 4, 7]
+    assert list(figures.steps) == [1, 4, 6]
     assert figures.table is None
     assert "table" not in outcome.out
 

@@ -185,9 +185,9 @@ def _diffusers(
 
 
 def _audited(at: str | None, steps: int) -> tuple[int, ...]:
-    """The steps to look at: three, the last among them, if none are named."""
+    """The steps to look at: three, spread over the generation, if none are named."""
     if at is None:
-        return tuple(sorted({steps // 6, steps // 2, steps - 1}))
+        return tuple(sorted({steps // 6, steps // 2, 5 * steps // 6}))
     try:
         found = tuple(sorted({int(word) for word in at.split(",")}))
     except ValueError:
