@@ -51,6 +51,7 @@ ON_DEMAND = {
     "cli.app": {"typer"},
     "cli.bench": {"rich"},
     "cli.doctor": {"rich"},
+    "cli.audit": {"rich"},
     "cli.generate": {"rich"},
 }
 
