@@ -267,9 +267,11 @@ def test_context_parallelism_is_refused() -> None:
         run(model)
 
 
-def test_a_mask_of_the_caller_is_refused() -> None:
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_mask_of_the_caller_is_refused(strict: bool) -> None:
+    """Also by settings that are not strict: the tokens are in tile order, and the mask is not."""
     model = tiny_wan()
-    handle = attach(model)
+    handle = attach(model, strict=strict)
     run(model)
     attn, states = model.blocks[0].attn1, torch.randn(1, 105, 48)
     with pytest.raises(openvsa.UnsupportedError, match="attention mask"):

@@ -159,6 +159,9 @@ class Session:
         budget = processor.budget
         if budget is not None:
             reason = self._why_not(forward, query, attn_mask, dropout_p, is_causal)
+            if reason and forward.hoisted:
+                # Dense attention would not do either: what the reason speaks of is about raster order.
+                raise UnsupportedError(f"{processor.name}: {reason}", {})
             if reason:
                 processor.refuse(f"{processor.name}: {reason}")
                 budget = None
