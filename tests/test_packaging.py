@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "openvsa"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTION_OF = {"PIL": "pillow", "flash_attn": "flash-attn-4"}
+DISTRIBUTION_OF = {"PIL": "pillow", "flash_attn": "flash-attn-4", "yaml": "pyyaml"}
 
 
 def distributions(extra: str) -> set[str]:

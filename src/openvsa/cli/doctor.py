@@ -19,7 +19,7 @@ __all__ = ["EXTRAS", "Question", "examine"]
 # The distributions behind each extra that a user chooses from.
 EXTRAS = {
     "cli": ("typer", "rich"),
-    "diffusers": ("diffusers", "transformers", "accelerate", "safetensors"),
+    "diffusers": ("diffusers", "transformers", "accelerate", "safetensors", "pyyaml"),
     "fa4": ("flash-attn-4",),
     "io": ("safetensors",),
     "triton": ("triton",),
