@@ -21,6 +21,7 @@ EXTRAS = {
     "cli": ("typer", "rich"),
     "diffusers": ("diffusers", "transformers", "accelerate", "safetensors", "pyyaml"),
     "fa4": ("flash-attn-4",),
+    "hopper": ("cuda-core",),
     "io": ("safetensors",),
     "triton": ("triton",),
     "video": ("av", "jinja2", "numpy", "pillow", "torchmetrics"),
