@@ -17,7 +17,7 @@ import torch
 import openvsa
 import tiny_pipelines
 from openvsa import evaluate
-from openvsa.cli import generate_model
+from openvsa.cli import generate_model, pipelines
 from openvsa.evaluate import Comparison, Figures, read_video
 from openvsa.integrations.report import LayerReport, SparsityReport
 
@@ -96,14 +96,14 @@ def test_steps_are_told_even_by_a_pipeline_without_a_callback(wan: Path) -> None
 
 def test_the_first_video_or_image_of_an_output_is_the_clip() -> None:
     white = torch.ones(2, 3, 17, 20, 3).numpy()
-    video = generate_model._clip_of(SimpleNamespace(frames=white))
+    video = pipelines.clip_of(SimpleNamespace(frames=white))
     assert (video.shape, video.dtype, int(video.min())) == ((3, 16, 20, 3), torch.uint8, 255)
-    assert generate_model._clip_of(SimpleNamespace(images=white[0])).shape == (1, 16, 20, 3)
-    assert generate_model._clip_of(SimpleNamespace(image=white[0])).shape == (1, 16, 20, 3)
+    assert pipelines.clip_of(SimpleNamespace(images=white[0])).shape == (1, 16, 20, 3)
+    assert pipelines.clip_of(SimpleNamespace(image=white[0])).shape == (1, 16, 20, 3)
     with pytest.raises(openvsa.ShapeError, match=r"expected frames .* got \[17, 20, 3\]"):
-        generate_model._clip_of(SimpleNamespace(frames=white[0]))
+        pipelines.clip_of(SimpleNamespace(frames=white[0]))
     with pytest.raises(openvsa.OpenVSAError, match="not finite numbers"):
-        generate_model._clip_of(SimpleNamespace(frames=white * float("nan")))
+        pipelines.clip_of(SimpleNamespace(frames=white * float("nan")))
 
 
 @pytest.mark.parametrize(

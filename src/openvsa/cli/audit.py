@@ -165,20 +165,20 @@ def _diffusers(
     device: torch.device,
 ) -> _Subject:
     """Any Diffusers pipeline that `openvsa generate --model` takes, if it tells of its steps."""
-    from openvsa.cli.generate_model import _arguments, _clip_of, _load, _pipeline_class
+    from openvsa.cli.pipelines import arguments, clip_of, load, pipeline_class
 
     if scene is not None:
         raise OpenVSAError("--scene is for the bundled model; a Diffusers pipeline takes --prompt")
-    kind = _pipeline_class(model)
+    kind = pipeline_class(model)
     asks = inspect.signature(kind.__call__).parameters
     if "callback_on_step_end" not in asks:
         raise OpenVSAError(f"{kind.__name__} takes no callback_on_step_end, from which an audit learns the steps")
-    given = _arguments(kind, asks, prompt, None, sizes)
-    pipe = _load(kind, model, device)
+    given = arguments(kind, asks, prompt, None, sizes)
+    pipe = load(kind, model, device)
 
     def make_clip(**keywords: Any) -> Tensor:
         # Drawn on the CPU, so that every device starts from the same noise.
-        return _clip_of(pipe(**given, **keywords, output_type="np", generator=torch.Generator().manual_seed(seed)))
+        return clip_of(pipe(**given, **keywords, output_type="np", generator=torch.Generator().manual_seed(seed)))
 
     options = {"--prompt": prompt, "--height": sizes["height"], "--width": sizes["width"]}
     return _Subject(pipe, make_clip, shorten(prompt or "", 90), options | {"--frames": sizes["num_frames"]})
