@@ -28,8 +28,9 @@ VARIANTS = [
     for kernel in get_args(Kernel)
     for head_dim in (64, 128)
     for half_float in (False, True)
-    for q_pieces in ((2,) if kernel.endswith("_wide") else (1, 2) if kernel == "dkv" else (1,))
+    for q_pieces in (1, 2)
     for kv_pieces in (1, 2)
+    if kernel.endswith("_wide") == ((kv_pieces if kernel.startswith("dkv") else q_pieces) == 2)
 ]
 
 

@@ -16,7 +16,7 @@ from openvsa.ops.plan_tensors import PlanTensors
 TILE = 64  # rows of one consumer warpgroup; as in common.cuh
 SHARED_BYTES = 227 * 1024  # what one block can have on sm_90
 
-Kernel = Literal["forward", "forward_wide", "dq", "dq_wide", "dkv"]
+Kernel = Literal["forward", "forward_wide", "dq", "dq_wide", "dkv", "dkv_wide"]
 
 _SOURCES = {
     "forward": ("common.cuh", "queries.cuh", "softmax.cuh", "ring.cuh", "keys.cuh", "forward.cu"),
@@ -24,6 +24,7 @@ _SOURCES = {
     "dq": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
     "dq_wide": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
     "dkv": ("common.cuh", "ring.cuh", "dkv.cu"),
+    "dkv_wide": ("common.cuh", "ring.cuh", "dkv.cu"),
 }
 _ENTRIES = {
     "forward": "forward",
@@ -31,6 +32,7 @@ _ENTRIES = {
     "dq": "query_gradient",
     "dq_wide": "query_gradient",
     "dkv": "key_gradient",
+    "dkv_wide": "key_gradient",
 }
 
 
@@ -53,9 +55,8 @@ class _Shape:
         return 128 * (self.teams * self.consumers + 1)
 
 
-# By kernel and head_dim, measured on an H200 (see the kernel log). Where a query block is one tile of rows, teams of
-# one, each with its own tiles; where it is two, a team of two with one list. Neighbouring key blocks share the tiles of
-# their readers.
+# By kernel and head_dim, measured on an H200 (see the kernel log). Where the block that stays (of queries; in dk/dv of
+# keys) is one tile of rows, teams of one, each with its own tiles; where it is two, a team of two with one list.
 _SHAPES = {
     ("forward", 64): _Shape(3, 1, {"STAGES": 4}, producer_registers=56, consumer_registers=152),
     ("forward", 128): _Shape(2, 1, {"STAGES": 3}),
@@ -65,9 +66,11 @@ _SHAPES = {
     ("dq", 128): _Shape(2, 1, {"STAGES": 3}),
     ("dq_wide", 64): _Shape(1, 2, {"STAGES": 12}),
     ("dq_wide", 128): _Shape(1, 2, {"STAGES": 6}),
-    ("dkv", 64): _Shape(1, 2, {"STAGES": 11}),
-    # The two sums of a key tile are 128 registers: this one has none to spare.
-    ("dkv", 128): _Shape(1, 2, {"STAGES": 5}, producer_registers=24, consumer_registers=240),
+    ("dkv", 64): _Shape(2, 1, {"STAGES": 5}),
+    ("dkv_wide", 64): _Shape(1, 2, {"STAGES": 11}),
+    # The two sums of a key tile are 128 registers: these have none to spare.
+    ("dkv", 128): _Shape(2, 1, {"STAGES": 2}, producer_registers=24, consumer_registers=240),
+    ("dkv_wide", 128): _Shape(1, 2, {"STAGES": 5}, producer_registers=24, consumer_registers=240),
 }
 
 
@@ -85,8 +88,9 @@ class Variant:
     def of(cls, kernel: Literal["forward", "dq", "dkv"], q: Tensor, plan: PlanTensors) -> Variant:
         """The variant for q [B, S, H, D] and a plan."""
         q_pieces, kv_pieces = (max(1, -(-length // TILE)) for length in (plan.max_q_block, plan.max_kv_block))
-        wide: dict[str, Kernel] = {"forward": "forward_wide", "dq": "dq_wide"} if q_pieces == 2 else {}
-        return cls(wide.get(kernel, kernel), q.shape[-1], q.dtype == torch.float16, q_pieces, kv_pieces)
+        wide: dict[str, Kernel] = {"forward": "forward_wide", "dq": "dq_wide", "dkv": "dkv_wide"}
+        staying = kv_pieces if kernel == "dkv" else q_pieces
+        return cls(wide[kernel] if staying == 2 else kernel, q.shape[-1], q.dtype == torch.float16, q_pieces, kv_pieces)
 
     @property
     def shape(self) -> _Shape:
@@ -111,7 +115,7 @@ class Variant:
             "PRODUCER_REGISTERS": self.shape.producer_registers,
             "CONSUMER_REGISTERS": self.shape.consumer_registers,
             "SHARED_BYTES": SHARED_BYTES,
-            "ROW_VALUES": int(self.kernel == "dkv"),
+            "ROW_VALUES": int(self.kernel in ("dkv", "dkv_wide")),
             **self.shape.stages,
         }
 
