@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Timing", "gpu_clocks", "peak_bytes", "time_interleaved"]
+__all__ = ["Timing", "gpu_clocks", "measure", "peak_bytes", "summary", "time_interleaved"]
 
 Key = TypeVar("Key", bound=Hashable)
 Call = Callable[[], object]
 
-# Idle cycles put before each call, about 2 ms: the host enqueues the whole call meanwhile, so that the events enclose
-# the device's work and not Python's. The field `host_ms` says what Python took.
-_HEAD_START_CYCLES = 4_000_000
+# The GPU idles before each call for twice what the host took for it in the first round, and a millisecond more: the
+# host enqueues the whole call meanwhile, so that the events enclose the device's work and not Python's.
+_CYCLES_PER_MS = 2_000_000
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 30
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
 
@@ -37,18 +37,20 @@ class Timing:
 
 def time_interleaved(calls: dict[Key, Call], device: torch.device, seconds: float) -> dict[Key, Timing]:
     """The timing of each call. Rounds are as many as fit in `seconds`, within 5 to 30 (2 at least on a CPU); one round
-    before them warms up and measures how long a round takes."""
+    before them measures how long a round takes."""
+    if device.type == "cuda":
+        for call in calls.values():
+            call()  # compiling would count as the host's time
     begin = time.perf_counter()
-    for call in calls.values():
-        _measure(call, device)()
+    host = {key: measure(call, device, 0.0)[1] for key, call in calls.items()}
     a_round = max(time.perf_counter() - begin, 1e-6)
     fewest = _FEWEST_ROUNDS if device.type == "cuda" else 2
     rounds = max(fewest, min(_MOST_ROUNDS, int(seconds / a_round)))
-    pending: dict[Key, list[Callable[[], tuple[float, float]]]] = {key: [] for key in calls}
+    found: dict[Key, list[tuple[float, float]]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
-            pending[key].append(_measure(call, device))
-    return {key: _timing([result() for result in results]) for key, results in pending.items()}
+            found[key].append(measure(call, device, host[key]))
+    return {key: summary(times) for key, times in found.items()}
 
 
 def peak_bytes(call: Call, device: torch.device, inputs: int) -> int | None:
@@ -85,29 +87,26 @@ def _number(value: str) -> float | str:
         return value
 
 
-def _measure(call: Call, device: torch.device) -> Callable[[], tuple[float, float]]:
-    """Run `call`; the result says how many milliseconds it and the host took, and waits for the device to do so."""
+def measure(call: Call, device: torch.device, host_ms: float) -> tuple[float, float]:
+    """How many milliseconds `call` took, and the host for it, of which `host_ms` are expected."""
     if device.type != "cuda":
         begin = time.perf_counter()
         call()
         milliseconds = (time.perf_counter() - begin) * 1e3
-        return lambda: (milliseconds, milliseconds)
+        return milliseconds, milliseconds
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_HEAD_START_CYCLES)
+    torch.cuda._sleep(int((2 * host_ms + 1) * _CYCLES_PER_MS))
     start.record()
     begin = time.perf_counter()
     call()
     host = (time.perf_counter() - begin) * 1e3
     end.record()
-
-    def elapsed() -> tuple[float, float]:
-        end.synchronize()
-        return start.elapsed_time(end), host
-
-    return elapsed
+    end.synchronize()
+    return start.elapsed_time(end), host
 
 
-def _timing(found: list[tuple[float, float]]) -> Timing:
+def summary(found: list[tuple[float, float]]) -> Timing:
+    """Of what `measure` has found in two rounds or more."""
     times = [ms for ms, _ in found]
     low, _, high = statistics.quantiles(times, n=4, method="inclusive")
     return Timing(statistics.median(times), low, high, statistics.median(host for _, host in found), len(times))
