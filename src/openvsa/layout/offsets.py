@@ -25,7 +25,7 @@ class BlockOffsets:
         PlanError: a length is not a positive integer, or there is no block.
     """
 
-    __slots__ = ("_on_device", "lens", "max_len", "num_tokens")
+    __slots__ = ("_on_device", "lens", "max_len", "num_tokens", "uniform_len")
 
     def __init__(self, lens: Sequence[int]) -> None:
         whole = _integers(lens)
@@ -37,6 +37,9 @@ class BlockOffsets:
         self.lens = lens = tuple(whole)
         self.num_tokens = sum(lens)
         self.max_len = max(lens)
+        # The common length if all blocks have it (the last one may be shorter), else None.
+        alike = all(n == lens[0] for n in lens[:-1]) and lens[-1] <= lens[0]
+        self.uniform_len = lens[0] if alike else None
         self._on_device: dict[tuple[torch.device, str], Tensor] = {}
 
     @classmethod
@@ -68,15 +71,14 @@ class BlockOffsets:
         """N."""
         return len(self.lens)
 
-    @property
-    def uniform_len(self) -> int | None:
-        """The common length if all blocks have it (the last one may be shorter), else None."""
-        first = self.lens[0]
-        return first if all(n == first for n in self.lens[:-1]) and self.lens[-1] <= first else None
-
     def on(self, device: torch.device) -> Tensor:
         """Offsets as an int32 tensor [N + 1] on `device`."""
-        return self._cached(device, "offsets", lambda: torch.tensor([0, *accumulate(self.lens)], dtype=torch.int32))
+        found = self._on_device.get((device, "offsets"))  # asked for several times in every call of attention
+        if found is None:
+            found = self._cached(
+                device, "offsets", lambda: torch.tensor([0, *accumulate(self.lens)], dtype=torch.int32)
+            )
+        return found
 
     def lens_on(self, device: torch.device) -> Tensor:
         """Lengths as an int32 tensor [N] on `device`."""

@@ -42,6 +42,11 @@ class TileLayout:
         q_tiles: tiles of a query block along each axis; () means one. A side longer than the tile grid is cut to it.
 
     Attributes:
+        num_tokens: S: prefix, lattice and suffix together.
+        tile_grid: tiles along each axis.
+        num_tiles: blocks that are tiles of the lattice.
+        tile_blocks: which blocks are tiles of the lattice.
+        q_tile_blocks: which query blocks are of the lattice.
         blocks: lengths and offsets of all N blocks; key blocks are these.
         q_blocks: those of the query blocks; `blocks` itself if a query block is one tile.
 
@@ -54,6 +59,11 @@ class TileLayout:
     prefix: int = 0
     suffix: int = 0
     q_tiles: tuple[int, ...] = ()
+    num_tokens: int = field(init=False, repr=False, compare=False)
+    tile_grid: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    num_tiles: int = field(init=False, repr=False, compare=False)
+    tile_blocks: slice = field(init=False, repr=False, compare=False)
+    q_tile_blocks: slice = field(init=False, repr=False, compare=False)
     blocks: BlockOffsets = field(init=False, repr=False, compare=False)
     q_blocks: BlockOffsets = field(init=False, repr=False, compare=False)
     _indices: dict[tuple[torch.device, bool], Tensor] = field(init=False, repr=False, compare=False)
@@ -72,10 +82,24 @@ class TileLayout:
             count = getattr(self, name)
             if not isinstance(count, int) or count < 0:
                 raise ShapeError(f"{name} must be a number of tokens >= 0, got {count!r}")
-        object.__setattr__(self, "grid", grid)
-        object.__setattr__(self, "tile", tuple(min(t, g) for t, g in zip(tile, grid, strict=True)))
-        q_tiles = tuple(min(n, along) for n, along in zip(q_tiles, self.tile_grid, strict=True))
-        object.__setattr__(self, "q_tiles", q_tiles)
+        tile = tuple(min(t, g) for t, g in zip(tile, grid, strict=True))
+        tile_grid = tuple(-(-g // t) for g, t in zip(grid, tile, strict=True))
+        q_tiles = tuple(min(n, along) for n, along in zip(q_tiles, tile_grid, strict=True))
+        boxes = math.prod([-(-along // n) for along, n in zip(tile_grid, q_tiles, strict=True)])
+        before = -(-self.prefix // math.prod(tile))  # blocks of the prefix
+        q_before = -(-before // math.prod(q_tiles))
+        # Made once, because every call of attention asks for them.
+        for name, value in {
+            "grid": grid,
+            "tile": tile,
+            "q_tiles": q_tiles,
+            "num_tokens": self.prefix + math.prod(grid) + self.suffix,
+            "tile_grid": tile_grid,
+            "num_tiles": math.prod(tile_grid),
+            "tile_blocks": slice(before, before + math.prod(tile_grid)),
+            "q_tile_blocks": slice(q_before, q_before + boxes),
+        }.items():
+            object.__setattr__(self, name, value)
         lens, q_lens = self._block_lens()
         object.__setattr__(self, "blocks", BlockOffsets(lens))
         object.__setattr__(self, "q_blocks", self.blocks if q_lens == lens else BlockOffsets(q_lens))
@@ -104,37 +128,9 @@ class TileLayout:
         return cls(grid, best_tile(_sides("grid", grid), max_block), prefix, suffix)
 
     @property
-    def num_tokens(self) -> int:
-        """S: prefix, lattice and suffix together."""
-        return self.prefix + math.prod(self.grid) + self.suffix
-
-    @property
-    def tile_grid(self) -> tuple[int, ...]:
-        """Tiles along each axis."""
-        return tuple(-(-g // t) for g, t in zip(self.grid, self.tile, strict=True))
-
-    @property
-    def num_tiles(self) -> int:
-        """Blocks that are tiles of the lattice."""
-        return math.prod(self.tile_grid)
-
-    @property
     def num_blocks(self) -> int:
         """N: prefix blocks, tiles and suffix blocks."""
         return self.blocks.num_blocks
-
-    @property
-    def tile_blocks(self) -> slice:
-        """Which blocks are tiles of the lattice."""
-        first = len(self._text_lens(self.prefix))
-        return slice(first, first + self.num_tiles)
-
-    @property
-    def q_tile_blocks(self) -> slice:
-        """Which query blocks are of the lattice."""
-        first = -(-self.tile_blocks.start // math.prod(self.q_tiles))
-        tiles = math.prod([-(-along // n) for along, n in zip(self.tile_grid, self.q_tiles, strict=True)])
-        return slice(first, first + tiles)
 
     @property
     def text_blocks(self) -> tuple[int, ...]:
