@@ -16,20 +16,23 @@ import torch
 import openvsa
 from openvsa.errors import OpenVSAError
 
-__all__ = ["SCHEMA", "commit", "load", "new_record", "result_path", "write"]
+__all__ = ["MODEL_SCHEMA", "SCHEMA", "commit", "load", "new_record", "result_path", "write"]
 
 SCHEMA = "openvsa-bench/1"
+MODEL_SCHEMA = "openvsa-bench-models/1"
 _DISTRIBUTIONS = (
     "triton", "numpy", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "fastvideo-kernel", "cuda-core",
-    "cuda-bindings",
+    "cuda-bindings", "diffusers",
 )  # fmt: skip
 
 
-def new_record(device: torch.device, command: str, the_commit: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+def new_record(
+    device: torch.device, command: str, the_commit: str | None, settings: dict[str, Any], schema: str = SCHEMA
+) -> dict[str, Any]:
     """A record with everything but results."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
-        "schema": SCHEMA,
+        "schema": schema,
         "date": now.isoformat(timespec="seconds"),
         "command": command,
         "commit": the_commit,
@@ -54,10 +57,11 @@ def commit() -> str | None:
 
 
 def result_path(folder: Path, record: dict[str, Any]) -> Path:
-    """The name of the file of a run: machine and date."""
+    """The name of the file of a run: kind, machine and date."""
     device = "".join(c if c.isalnum() else "-" for c in record["machine"]["device"].lower())
     stamp = datetime.datetime.fromisoformat(record["date"]).strftime("%Y%m%d-%H%M%S")
-    return folder / f"bench-{device}-{stamp}.json"
+    kind = "models" if record["schema"] == MODEL_SCHEMA else "bench"
+    return folder / f"{kind}-{device}-{stamp}.json"
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
@@ -68,7 +72,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, schema: str = SCHEMA) -> dict[str, Any]:
     """Read a result file.
 
     Raises:
@@ -78,9 +82,9 @@ def load(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise OpenVSAError(f"{str(path)!r} cannot be read as a result file ({error})") from None
-    schema = record.get("schema") if isinstance(record, dict) else None
-    if schema != SCHEMA:
-        raise OpenVSAError(f"{str(path)!r} has the schema {schema!r}, but {SCHEMA!r} is needed; measure again")
+    found = record.get("schema") if isinstance(record, dict) else None
+    if found != schema:
+        raise OpenVSAError(f"{str(path)!r} has the schema {found!r}, but {schema!r} is needed; measure again")
     return record
 
 

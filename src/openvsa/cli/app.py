@@ -152,6 +152,13 @@ def bench(
     contenders: Annotated[
         str | None, typer.Option(help="Who is measured, with commas between; by default all that start quickly.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Measure a denoising step of these whole models instead, with commas between, or all."),
+    ] = None,
+    density: Annotated[str, typer.Option(help="Densities of --model's sparse steps.")] = "0.25,0.125,0.1",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Measure --model with its blocks compiled too.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show which kernels --model's time goes to.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result file.")] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="Start no further case after this long.")] = None,
@@ -162,14 +169,34 @@ def bench(
     ] = None,
     threshold: Annotated[float, typer.Option(min=0, help="Share by which a time may grow in --compare.")] = 0.05,
 ) -> None:
-    """Measure kernels against each other, after checking that they are right."""
+    """Measure kernels against each other, or whole models, after checking that they are right."""
     from openvsa.cli.bench import compare_files, list_all, run_bench
 
     if list_cases:
+        from openvsa.cli.bench_models import list_models
+
         list_all(device)
+        list_models()
         return
     if compare is not None:
         raise typer.Exit(compare_files(*compare, threshold))
+    if model is not None:
+        if case or contenders:
+            raise OpenVSAError("--case and --contenders are about kernels; --model takes models by name")
+        from openvsa.cli.bench_models import parse_options, run_bench_models
+
+        status = run_bench_models(
+            models=model.split(","),
+            device=device,
+            options=parse_options(density, compiled, profile),
+            out=out,
+            seconds=seconds,
+            commit=commit,
+            command=shlex.join(["openvsa", *sys.argv[1:]]),
+        )
+        raise typer.Exit(status)
+    if compiled or profile:
+        raise OpenVSAError("--compiled and --profile are for whole models: add --model NAME (see --list)")
     status = run_bench(
         cases=case.split(",") if case else [],
         suite=suite,

@@ -1,0 +1,310 @@
+"""One denoising step of a whole model: gate, times of attention alone and of the step, memory, and where time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvsa.bench.model_cases import SMALL_GRID, ModelCase
+from openvsa.bench.model_dense import DenseBy, dense_kernels
+from openvsa.bench.model_profile import kernel_times
+from openvsa.bench.record import MODEL_SCHEMA, new_record, result_path, write
+from openvsa.bench.timing import Timing, gpu_clocks, measure, summary, time_interleaved
+from openvsa.config import Budget
+from openvsa.integrations.diffusers import observe, sparsify
+from openvsa.integrations.families import family_of
+from openvsa.integrations.report import AttentionEvent
+from openvsa.ops import block_sparse_attention
+from openvsa.select import PooledTopK
+
+__all__ = ["DENSITIES", "ModelOptions", "measure_model", "run_models"]
+
+DENSITIES = (0.25, 0.125, 0.1)
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 10
+_HOST_ROUNDS = 5
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What of a model is measured.
+
+    densities: of the sparse steps, besides dense.
+    compiled: also with the repeated blocks compiled.
+    profile: also which kernels the time of the dense and the sparsest step goes to.
+    case_seconds: how long the timed rounds of one mode may take (there are at least three).
+    """
+
+    densities: tuple[float, ...] = DENSITIES
+    compiled: bool = False
+    profile: bool = False
+    case_seconds: float = 8.0
+
+
+def run_models(
+    cases: Sequence[ModelCase],
+    device: torch.device,
+    options: ModelOptions,
+    *,
+    out: Path | None,
+    command: str,
+    commit: str | None,
+    seconds: float | None = None,
+    say: Say = lambda text: None,
+    on_case: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> tuple[dict[str, Any], Path | None]:
+    """Measure models one after the other; the record, written after each, and the path of its file (None without a
+    folder `out`). No further case is started after `seconds`; the record lists what was not run."""
+    begin = time.perf_counter()
+    record = new_record(device, command, commit, {**asdict(options), "seconds": seconds}, MODEL_SCHEMA)
+    path = result_path(out, record) if out is not None else None
+    for at, case in enumerate(cases):
+        if seconds is not None and time.perf_counter() - begin > seconds:
+            record["not_run"] = [left.name for left in cases[at:]]
+            break
+        found = measure_model(case, device, options, lambda text, case=case: say(f"{case.name}: {text}"))
+        record["cases"].append(found)
+        record["seconds"] = round(time.perf_counter() - begin, 1)
+        if path is not None:
+            write(path, record)
+        on_case(found)
+        torch.compiler.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if path is not None:
+        write(path, record)
+    return record, path
+
+
+def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, say: Say) -> dict[str, Any]:
+    """The results of one model. Nothing is timed unless it passes the gate."""
+    begin = time.perf_counter()
+    stages: list[tuple[str, float]] = []
+
+    def stage(text: str) -> None:
+        stages.append((text, time.perf_counter()))
+        say(text)
+
+    stage("random weights")
+    model = case.build(device)
+    result: dict[str, Any] = {"name": case.name, **case.describe(model), "failed": [], "rows": []}
+    subject = _Subject(case, model, device, options.densities)
+    stage("attention alone")
+    result["layers"], result["attention"] = _measure_attention(subject, options, result["rows"])
+    stage("gate")
+    result["gate"] = _gate(subject, result["failed"])
+    if not result["failed"]:
+        result["clocks"] = {"before": gpu_clocks(device)}
+        if device.type == "cuda":
+            stage("host")
+            _measure_host(subject, result["rows"])
+        _measure_steps(subject, "eager", options, result, stage)
+        if options.compiled:
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            _measure_steps(subject, "compiled", options, result, stage)
+        result["clocks"]["after"] = gpu_clocks(device)
+    _add_ratios(result["rows"])
+    ends = [*(start for _, start in stages[1:]), time.perf_counter()]
+    result["stages"] = [[text, round(end - start, 2)] for (text, start), end in zip(stages, ends, strict=True)]
+    return {**result, "passed": not result["failed"], "seconds": round(time.perf_counter() - begin, 1)}
+
+
+class _Subject:
+    """A model, what it is called with, and the ways in which its attention is computed."""
+
+    def __init__(self, case: ModelCase, model: Any, device: torch.device, densities: tuple[float, ...]) -> None:
+        self.case, self.model, self.device, self.densities = case, model, device, densities
+        self.inputs = case.arguments(model, device)
+        self.kernels = dense_kernels(device.type)
+        self.dense = next(iter(self.kernels))
+
+    @torch.no_grad()
+    def forward(self, inputs: dict[str, Any] | None = None) -> Tensor:
+        return self.model(**(inputs or self.inputs), return_dict=False)[0]
+
+    def by(self, density: float | None, kernel: str | None = None) -> AbstractContextManager[Any]:
+        """Inside, attention is sparse or, with None, computed by a dense kernel, the chosen one by default."""
+        if density is None:
+            return DenseBy(self.kernels[kernel or self.dense])
+        return sparsify(self.model, density, measure=False)
+
+    def ways(self) -> dict[str, float | None]:
+        """What is timed: names and densities, dense first."""
+        return {f"dense-{self.dense}": None, **{f"density {density:g}": density for density in self.densities}}
+
+
+def _measure_attention(subject: _Subject, options: ModelOptions, rows: list[dict[str, Any]]) -> tuple[int, Any]:
+    """Time one layer's attention by itself, on the queries, keys and values that the model gives it, and choose the
+    fastest dense kernel. Returns the number of layers, and what the layer looks like."""
+    events: list[AttentionEvent] = []
+    names: list[str] = []
+
+    def keep(event: AttentionEvent) -> None:
+        names.append(event.name)
+        if not events:
+            events.append(event)
+
+    with subject.by(None), observe(subject.model) as handle:
+        handle.on_attention(keep)
+        subject.forward()
+    [event] = events
+    layout, select = event.layout, PooledTopK()
+    hoisted = family_of(subject.model).hoist(subject.model) is not None
+    q, k, v = (x if hoisted else layout.unpermute(x) for x in (event.q, event.k, event.v))
+
+    def sparse(budget: Budget) -> Tensor:
+        mine = (q, k, v) if hoisted else tuple(layout.permute(x) for x in (q, k, v))
+        out = block_sparse_attention(*mine, select(mine[0], mine[1], layout, budget))
+        return out if hoisted else layout.unpermute(out)
+
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, attend in subject.kernels.items():
+        calls["attention", f"dense-{name}"] = partial(attend, *(x.transpose(1, 2) for x in (q, k, v)))
+    for name, density in subject.ways().items():
+        if density is not None:
+            budget = Budget(keep_ratio=density)
+            plan = select(event.q, event.k, layout, budget)
+            calls["attention", name] = partial(sparse, budget)
+            calls["kernel", name] = partial(block_sparse_attention, event.q, event.k, event.v, plan)
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        times = time_interleaved(calls, subject.device, options.case_seconds / 4)
+    densities = {f"dense-{name}": None for name in subject.kernels} | subject.ways()
+    rows += [_row(mode, name, densities[name], timing) for (mode, name), timing in times.items()]
+    subject.dense = min(subject.kernels, key=lambda name: times["attention", f"dense-{name}"].ms)
+    about = {
+        "layer": event.name, "tokens": q.shape[1], "heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3],
+        "tile": layout.tile, "blocks": layout.num_blocks, "tiles": layout.num_tiles,
+        "text_tokens": layout.prefix + layout.suffix, "hoisted": hoisted, "dense": subject.dense,
+    }  # fmt: skip
+    return len(names), about
+
+
+def _gate(subject: _Subject, failed: list[str]) -> dict[str, float]:
+    """Whether the model computes the same with full plans as densely, to rounding; whether sparse steps are finite
+    numbers; and whether the model is what it was afterwards, bit for bit."""
+    with subject.by(None):
+        dense = subject.forward()
+    other = next(name for name in subject.kernels if name != subject.dense)
+    with subject.by(None, other):
+        rounding = _change(subject.forward(), dense)
+    found = {f"dense-{other}": rounding}
+    allowed = 2 * rounding + torch.finfo(subject.case.dtype).eps
+    if not dense.isfinite().all() or not dense.float().std() > 0:
+        failed.append("the dense model gives no finite, varying numbers with these random weights")
+    for density in (1.0, *subject.densities):
+        with subject.by(density):
+            out = subject.forward()
+        found[f"density {density:g}"] = change = _change(out, dense)
+        if not out.isfinite().all():
+            failed.append(f"at density {density:g} the output has numbers that are not finite")
+        if density == 1.0 and not change <= allowed:
+            failed.append(
+                f"at density 1 the output differs from that of dense-{subject.dense} by {change:.2e} of its norm; two "
+                f"dense kernels differ by {rounding:.2e}, and {allowed:.2e} is allowed"
+            )
+    with subject.by(None):
+        if not torch.equal(subject.forward(), dense):
+            failed.append("after sparse steps and detach the dense output is not the same bit for bit")
+    return found
+
+
+def _change(out: Tensor, of: Tensor) -> float:
+    """The norm of the difference as a share of the norm of `of`."""
+    return float((out.float() - of.float()).norm() / of.float().norm())
+
+
+def _measure_host(subject: _Subject, rows: list[dict[str, Any]]) -> None:
+    """How long the host is busy with a step: a step over a lattice so small that it waits for nothing else."""
+    inputs = subject.case.arguments(subject.model, subject.device, SMALL_GRID)
+    for name, density in subject.ways().items():
+        found = []
+        with subject.by(density):
+            subject.forward(inputs)
+            for _ in range(_HOST_ROUNDS):
+                torch.cuda.synchronize(subject.device)
+                begin = time.perf_counter()
+                subject.forward(inputs)
+                torch.cuda.synchronize(subject.device)
+                milliseconds = (time.perf_counter() - begin) * 1e3
+                found.append((milliseconds, milliseconds))
+        rows.append(_row("host", name, density, summary(found)))
+
+
+def _measure_steps(subject: _Subject, mode: str, options: ModelOptions, result: dict[str, Any], say: Say) -> None:
+    """Times of a step in each way, interleaved, after a first one that compiles what must be and tells the memory."""
+    peaks, first = {}, {}
+    for name, density in subject.ways().items():
+        say(f"first step, {mode}, {name}")
+        begin = time.perf_counter()
+        with subject.by(density):
+            out = subject.forward()
+            _settle(subject.device)
+            first[name] = time.perf_counter() - begin
+            peaks[name] = _peak(subject)
+        if not out.isfinite().all():
+            result["failed"].append(f"{mode}, {name}: the output has numbers that are not finite")
+            return
+        del out
+    say(f"timing, {mode}")
+    # Little of a head start for the host: where it is slower than the device, a step takes as long as it does.
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in first}
+    begin, rounds = time.perf_counter(), 0
+    while rounds < _FEWEST_ROUNDS or (
+        rounds < _MOST_ROUNDS and (time.perf_counter() - begin) * (rounds + 1) / rounds < options.case_seconds
+    ):
+        for name, density in subject.ways().items():
+            with subject.by(density):
+                times[name].append(measure(subject.forward, subject.device, 0.0))
+        rounds += 1
+    for name, density in subject.ways().items():
+        row = _row(mode, name, density, summary(times[name]))
+        result["rows"].append({**row, "peak_bytes": peaks[name], "first_seconds": round(first[name], 2)})
+    if options.profile:
+        say(f"profile, {mode}")
+        ways = list(subject.ways().items())
+        for name, density in (ways[0], ways[-1]):
+            with subject.by(density):
+                found = kernel_times(subject.forward, subject.device)
+            result.setdefault("profile", []).append({"mode": mode, "variant": name, **found})
+
+
+def _peak(subject: _Subject) -> int | None:
+    """Most memory in use during a step, weights and inputs included."""
+    if subject.device.type != "cuda":
+        return None
+    torch.cuda.synchronize(subject.device)
+    torch.cuda.reset_peak_memory_stats(subject.device)
+    subject.forward()
+    torch.cuda.synchronize(subject.device)
+    return torch.cuda.max_memory_allocated(subject.device)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _row(mode: str, name: str, density: float | None, timing: Timing) -> dict[str, Any]:
+    """mode: "attention" (one layer's, selection included), "kernel" (one layer's sparse kernel alone), "host", and of
+    whole steps "eager" and "compiled"."""
+    return {"mode": mode, "variant": name, "density": density, **asdict(timing)}
+
+
+def _add_ratios(rows: list[dict[str, Any]]) -> None:
+    """`faster`: how many times less time than the fastest dense one of the same mode."""
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        dense = [row["ms"] for row in rows if row["mode"] == mode and row["density"] is None]
+        for row in rows:
+            if row["mode"] == mode:
+                row["faster"] = min(dense) / row["ms"] if dense else None

@@ -1,0 +1,115 @@
+"""The command `openvsa bench --model`: one denoising step of whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from openvsa.bench.model_cases import MODELS, find_models
+from openvsa.bench.model_run import ModelOptions, run_models
+from openvsa.bench.record import commit as this_commit
+from openvsa.cli.bench import find_device, make_console
+from openvsa.config import Budget
+from openvsa.errors import OpenVSAError, require
+
+__all__ = ["list_models", "parse_options", "run_bench_models"]
+
+
+def parse_options(densities: str, compiled: bool, profile: bool) -> ModelOptions:
+    """From what was typed.
+
+    Raises:
+        BudgetError: a density is out of range.
+        OpenVSAError: it is no number.
+    """
+    try:
+        found = tuple(float(text) for text in densities.split(","))
+    except ValueError:
+        raise OpenVSAError(f"--density must be numbers with commas between, got {densities!r}") from None
+    for density in found:
+        Budget(keep_ratio=density)
+    return ModelOptions(densities=found, compiled=compiled, profile=profile)
+
+
+def run_bench_models(
+    *,
+    models: list[str],
+    device: str | None,
+    options: ModelOptions,
+    out: Path | None,
+    seconds: float | None,
+    commit: str | None,
+    command: str,
+    console: Console | None = None,
+) -> int:
+    """Measure and print; the exit status: 1 if a model failed its gate.
+
+    Raises:
+        OpenVSAError: a case or device does not exist, or Diffusers is not installed.
+    """
+    console = console or make_console()
+    where = find_device(device)
+    chosen = find_models(models, where.type)
+    require("diffusers", extra="diffusers")
+
+    def say(text: str) -> None:
+        if console.is_terminal:
+            console.print(text, style="dim", highlight=False)
+
+    record, path = run_models(
+        chosen, where, options, out=out, command=command, commit=commit or this_commit(), seconds=seconds, say=say,
+        on_case=lambda found: print_model(found, console),
+    )  # fmt: skip
+    if record["not_run"]:
+        console.print(f"{seconds:g} s are spent; not run: {', '.join(record['not_run'])}", highlight=False)
+    if path is not None:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return 0 if all(case["passed"] for case in record["cases"]) else 1
+
+
+def list_models(console: Console | None = None) -> None:
+    """Print the models that can be measured."""
+    console = console or make_console()
+    table = Table("model", "what", "lattice", title="models (--model)", box=None, title_justify="left")
+    for case in MODELS.values():
+        part = f"{case.config.get('num_layers')} of {case.whole}" if case.whole else ""
+        table.add_row(case.name, f"{case.device_type}: {case.note}", "x".join(map(str, case.grid)), part)
+    console.print(table, highlight=False)
+
+
+def print_model(found: dict[str, Any], console: Console) -> None:
+    """The results of one model as a table, and where the time went."""
+    about = found["attention"]
+    console.print(
+        f"[bold]{found['name']}[/bold]  {found['note']}; {found['layers']} layers, {found['parameters'] / 1e9:.3g} B "
+        f"parameters; {about['tokens']} tokens, tile {'x'.join(map(str, about['tile']))}, {about['tiles']} tiles, "
+        f"H={about['heads']} D={about['head_dim']} {found['dtype']}; {found['seconds']:g} s",
+        highlight=False,
+    )
+    gate = ", ".join(f"{name} {change:.1e}" for name, change in found["gate"].items())
+    console.print(f"  change of the output against dense-{about['dense']}: {gate}", highlight=False)
+    for why in found["failed"]:
+        console.print(f"  FAILED: {why}", markup=False, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("mode", no_wrap=True)
+    table.add_column("variant", no_wrap=True)
+    for head in ("ms", "quartiles", "faster", "host ms", "peak GiB", "first s"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in found["rows"]:
+        peak, first = row.get("peak_bytes"), row.get("first_seconds")
+        table.add_row(
+            row["mode"], row["variant"], f"{row['ms']:.3f}", f"{row['low']:.3f} {row['high']:.3f}",
+            f"{row['faster']:.2f}x" if row["faster"] else "", f"{row['host_ms']:.2f}",
+            f"{peak / 2**30:.2f}" if peak else "", f"{first:.2f}" if first else "",
+        )  # fmt: skip
+    console.print(table)
+    stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in found["stages"])
+    console.print(f"  seconds: {stages}", highlight=False, soft_wrap=True)
+    for profile in found.get("profile", ()):
+        groups = ", ".join(f"{name} {value:.1f}" for name, value in profile["groups"].items())
+        console.print(f"  {profile['mode']}, {profile['variant']}: {groups} ms", highlight=False, soft_wrap=True)
+        for name, count, milliseconds in profile["top"][:10]:
+            console.print(f"    {milliseconds:9.2f} ms {count:5d} x {name[:100]}", markup=False, highlight=False)

@@ -1,0 +1,143 @@
+"""Whole models on the CPU, in tiny configurations: what is measured is right, and what is wrong is not timed."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from openvsa.bench import model_run
+from openvsa.bench.model_cases import MODELS, ModelCase, find_models
+from openvsa.bench.model_dense import DenseBy
+from openvsa.bench.model_profile import group_of
+from openvsa.bench.model_run import ModelOptions, measure_model, run_models
+from openvsa.bench.record import MODEL_SCHEMA, load
+from openvsa.errors import OpenVSAError
+
+CPU = torch.device("cpu")
+QUICK = ModelOptions(densities=(0.5, 0.25), case_seconds=0.1)
+
+
+def tiny(name: str, grid: tuple[int, int, int], **config: Any) -> ModelCase:
+    return replace(MODELS[name], grid=grid, config=config, device_type="cpu")
+
+
+TINY = {
+    "wan": MODELS["tiny-wan"],
+    "hunyuan": tiny(
+        "hunyuan-720p", (3, 4, 6), num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=2,
+        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 4, 4), in_channels=4,
+        out_channels=4,
+    ),
+    "ltx": tiny(
+        "ltx", (3, 4, 6), num_attention_heads=2, attention_head_dim=16, num_layers=2, cross_attention_dim=32,
+        caption_channels=16, in_channels=4, out_channels=4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_family_is_measured(name: str) -> None:
+    case = TINY[name]
+    found = measure_model(case, CPU, QUICK, lambda text: None)
+    assert found["passed"], found["failed"]
+    assert found["layers"] == {"wan": 2, "hunyuan": 3, "ltx": 2}[name]
+    t, h, w = case.grid
+    assert found["attention"]["tokens"] == t * h * w + found["attention"]["text_tokens"]
+    assert found["gate"]["density 1"] < 1e-5 < found["gate"]["density 0.25"]
+    eager = {row["variant"]: row for row in found["rows"] if row["mode"] == "eager"}
+    dense = f"dense-{found['attention']['dense']}"
+    assert list(eager) == [dense, "density 0.5", "density 0.25"]
+    assert eager["density 0.25"]["faster"] == eager[dense]["ms"] / eager["density 0.25"]["ms"]
+    attention = {row["variant"] for row in found["rows"] if row["mode"] == "attention"}
+    assert attention == {"dense-flash", "dense-math", "density 0.5", "density 0.25"}
+    assert {row["variant"] for row in found["rows"] if row["mode"] == "kernel"} == {"density 0.5", "density 0.25"}
+
+
+def test_compiled_and_profiled() -> None:
+    options = replace(QUICK, densities=(0.25,), compiled=True, profile=True)
+    found = measure_model(TINY["wan"], CPU, options, lambda text: None)
+    assert found["passed"], found["failed"]
+    assert [row["variant"] for row in found["rows"] if row["mode"] == "compiled"] == ["dense-flash", "density 0.25"]
+    profiled = {(entry["mode"], entry["variant"]): entry for entry in found["profile"]}
+    assert set(profiled) == {(m, v) for m in ("eager", "compiled") for v in ("dense-flash", "density 0.25")}
+    assert profiled["eager", "density 0.25"]["groups"]["linear"] > 0
+
+
+def test_full_plans_that_differ_from_dense_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparsify = model_run.sparsify
+
+    def half(model: Any, density: float, **settings: Any) -> Any:
+        return sparsify(model, density / 2, **settings)
+
+    monkeypatch.setattr(model_run, "sparsify", half)
+    found = measure_model(TINY["wan"], CPU, QUICK, lambda text: None)
+    assert not found["passed"]
+    assert "at density 1 the output differs" in found["failed"][0]
+    assert not any(row["mode"] == "eager" for row in found["rows"])
+
+
+def test_a_model_that_does_not_become_dense_again_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparsify = model_run.sparsify
+
+    @contextmanager
+    def changing(model: Any, density: float, **settings: Any) -> Any:
+        with sparsify(model, density, **settings) as handle:
+            yield handle
+        model.proj_out.bias += 1e-3
+
+    monkeypatch.setattr(model_run, "sparsify", changing)
+    found = measure_model(TINY["wan"], CPU, QUICK, lambda text: None)
+    assert any("not the same bit for bit" in why for why in found["failed"])
+
+
+def test_no_case_begins_after_the_time_is_spent(tmp_path: Path) -> None:
+    case = TINY["wan"]
+    record, path = run_models([case, case], CPU, QUICK, out=tmp_path, command="x", commit="abc", seconds=1e-9)
+    assert record["not_run"] == [case.name, case.name]
+    assert path is not None
+    assert path.name.startswith("models-")
+    assert load(path, MODEL_SCHEMA)["not_run"] == record["not_run"]
+    with pytest.raises(OpenVSAError, match="openvsa-bench-models/1"):
+        load(path)
+
+
+def test_names() -> None:
+    assert find_models(["all"], "cpu") == [MODELS["tiny-wan"]]
+    with pytest.raises(OpenVSAError, match="there is no model case 'nothing'"):
+        find_models(["nothing"], "cpu")
+    with pytest.raises(OpenVSAError, match="is measured on cuda, not on cpu"):
+        find_models(["wan-14b-720p"], "cpu")
+
+
+def test_only_self_attention_is_answered_and_masks_are_dropped() -> None:
+    q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 3, 8)
+    with DenseBy(lambda q, k, v: torch.zeros_like(q)):
+        mine = functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(1, 1, 1, 4, dtype=torch.bool))
+        cross: Tensor = functional.scaled_dot_product_attention(q, k, k)
+    assert not mine.any()
+    torch.testing.assert_close(cross, functional.scaled_dot_product_attention(q, k, k))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("forward_wide", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_fwd", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "linear"),
+        ("_gather_kernel", "permute"),
+        ("_top_kernel", "selection"),
+        ("triton_red_fused__to_copy_add_mul_native_layer_norm_0", "norm, rope, activation"),
+        ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copy and cast"),
+        ("something", "other"),
+    ],
+)
+def test_groups_of_kernels(kernel: str, group: str) -> None:
+    assert group_of(kernel) == group
