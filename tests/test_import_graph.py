@@ -16,13 +16,14 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "openvsa"
 
-# A room may import itself, what is listed here, and the two rooms that everyone may import.
-EVERYONE = {"errors", "config"}
+# A room may import itself, what is listed here, and the three rooms that everyone may import.
+EVERYONE = {"errors", "config", "torch_op"}
 MATHS = {"nn", "ops", "plan", "layout"}
 APPLIED = MATHS | {"select", "models", "integrations"}
 MAY_IMPORT = {
     "errors": set(),
     "config": set(),
+    "torch_op": set(),
     "layout": set(),
     "plan": {"layout"},
     "select": {"plan", "layout"},
@@ -56,7 +57,7 @@ ON_DEMAND = {
 }
 
 # Rooms that do not know any model by name, and the names.
-NAMELESS_ROOMS = {"errors", "config", "layout", "plan", "select", "ops", "nn"}
+NAMELESS_ROOMS = {"errors", "config", "torch_op", "layout", "plan", "select", "ops", "nn"}
 MODEL_NAMES = ("wan", "hunyuan", "ltx", "cogvideo", "mochi", "llama", "diffusers", "transformers")
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openvsa.torch_op import torch_op
+
 __all__ = ["from_blocks", "to_blocks"]
 
 
-@torch.library.custom_op("openvsa::to_blocks", mutates_args=())
-def to_blocks(
+def _to_blocks(
     x: Tensor, index: Tensor | None, offsets: Tensor, max_len: int, write: bool, mean: bool
 ) -> tuple[Tensor, Tensor]:
     """Tokens x [B, S, H, D] in block order (if `write`) and the fp32 means of the blocks [B, H, N, D] (if `mean`).
@@ -28,15 +29,15 @@ def to_blocks(
     return empty if blocks is None else blocks, empty.float() if means is None else means
 
 
-@to_blocks.register_fake
-def _(x: Tensor, index: Tensor | None, offsets: Tensor, max_len: int, write: bool, mean: bool) -> tuple[Tensor, Tensor]:
+def _fake_to_blocks(
+    x: Tensor, index: Tensor | None, offsets: Tensor, max_len: int, write: bool, mean: bool
+) -> tuple[Tensor, Tensor]:
     batch, _, heads, dim = x.shape
     means = (batch, heads, offsets.shape[0] - 1, dim) if mean else (0,)
     return x.new_empty(x.shape if write else (0,)), x.new_empty(means, dtype=torch.float32)
 
 
-@torch.library.custom_op("openvsa::to_blocks_backward", mutates_args=())
-def _to_blocks_backward(
+def _to_blocks_gradient(
     grad_blocks: Tensor | None,
     grad_means: Tensor | None,
     index: Tensor | None,
@@ -51,8 +52,7 @@ def _to_blocks_backward(
     return kernels.scatter(grad_blocks, index, offsets, max_len, seq=seq, dtype=dtype, rows=rows)
 
 
-@_to_blocks_backward.register_fake
-def _(
+def _fake_to_blocks_gradient(
     grad_blocks: Tensor | None,
     grad_means: Tensor | None,
     index: Tensor | None,
@@ -66,6 +66,9 @@ def _(
     assert grad_means is not None
     batch, heads, _, dim = grad_means.shape
     return grad_means.new_empty((batch, seq, heads, dim), dtype=dtype)
+
+
+_to_blocks_backward = torch_op("to_blocks_backward", _to_blocks_gradient, _fake_to_blocks_gradient)
 
 
 def _save_to(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -87,11 +90,10 @@ def _differentiate_to(ctx: Any, grad_blocks: Tensor | None, grad_means: Tensor |
     return grad, *(None,) * 5
 
 
-to_blocks.register_autograd(_differentiate_to, setup_context=_save_to)
+to_blocks = torch_op("to_blocks", _to_blocks, _fake_to_blocks, save=_save_to, differentiate=_differentiate_to)
 
 
-@torch.library.custom_op("openvsa::from_blocks", mutates_args=())
-def from_blocks(
+def _from_blocks(
     blocks: Tensor,
     rows: Tensor | None,
     weight: Tensor | None,
@@ -113,13 +115,11 @@ def from_blocks(
     )  # fmt: skip
 
 
-@from_blocks.register_fake
-def _(blocks: Tensor, *_: Any) -> Tensor:
+def _fake_from_blocks(blocks: Tensor, *_: Any) -> Tensor:
     return blocks.new_empty(blocks.shape)
 
 
-@torch.library.custom_op("openvsa::from_blocks_backward", mutates_args=())
-def _from_blocks_backward(
+def _from_blocks_gradient(
     grad: Tensor, rows: Tensor, weight: Tensor, index: Tensor, offsets: Tensor, max_len: int, first_row: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of blocks, of rows as [B, H, n, D], and of weight."""
@@ -132,14 +132,16 @@ def _from_blocks_backward(
     return found[0], found[1], found[2]
 
 
-@_from_blocks_backward.register_fake
-def _(grad: Tensor, rows: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_from_blocks_gradient(grad: Tensor, rows: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, count, heads, dim = rows.shape
     return (
         grad.new_empty(grad.shape),
         rows.new_empty((batch, heads, count, dim), dtype=torch.float32),
         weight.new_empty(weight.shape),
     )
+
+
+_from_blocks_backward = torch_op("from_blocks_backward", _from_blocks_gradient, _fake_from_blocks_gradient)
 
 
 def _save_from(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -158,4 +160,6 @@ def _differentiate_from(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return blocks, rows.transpose(1, 2), weight, *(None,) * 4
 
 
-from_blocks.register_autograd(_differentiate_from, setup_context=_save_from)
+from_blocks = torch_op(
+    "from_blocks", _from_blocks, _fake_from_blocks, save=_save_from, differentiate=_differentiate_from
+)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openvsa.ops.plan_tensors import PlanTensors
 from openvsa.plan import BlockPlan
+from openvsa.torch_op import torch_op
 
 __all__ = ["run_kernel"]
 
@@ -34,8 +35,7 @@ def _kernel(name: str) -> ModuleType:
     return importlib.import_module(f"openvsa.ops.backends.{name}")
 
 
-@torch.library.custom_op("openvsa::block_sparse_attention", mutates_args=())
-def _attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -54,15 +54,13 @@ def _attention(
     return _kernel(kernel).forward(q, k, v, plan, scale)
 
 
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, q_len, heads, _d = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(batch, q_len, heads, v.shape[-1]), q.new_empty(batch, heads, q_len, dtype=lse_dtype)
 
 
-@torch.library.custom_op("openvsa::block_sparse_attention_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     q: Tensor,
@@ -87,9 +85,13 @@ def _attention_backward(
         return _kernel(kernel).backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
 
 
-@_attention_backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_attention_backward = torch_op("block_sparse_attention_backward", _backward, _fake_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,4 +105,4 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, .
     return *grads, *(None,) * 10
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
+_attention = torch_op("block_sparse_attention", _forward, _fake_forward, save=_save, differentiate=_differentiate)

@@ -17,6 +17,7 @@ from torch import Tensor
 from openvsa.errors import PlanError, require
 from openvsa.layout import BlockOffsets
 from openvsa.layout.device import kernels_on
+from openvsa.torch_op import torch_op
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -98,17 +99,18 @@ def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tenso
     return starts, (order // width).int()
 
 
-@torch.library.custom_op("openvsa::transpose_lists", mutates_args=())
-def _transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
+def _transpose_lists_kernel(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
     from openvsa.plan import kernels
 
     return kernels.transpose_lists(counts, indices, num_kv)
 
 
-@_transpose_lists.register_fake
-def _(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
+def _fake_transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
     num_q, width = indices.shape[-2:]
     return counts.new_empty((*counts.shape[:-1], num_kv + 1)), counts.new_empty((*counts.shape[:-1], num_q * width))
+
+
+_transpose_lists = torch_op("transpose_lists", _transpose_lists_kernel, _fake_transpose_lists)
 
 
 def lists_to_flex(counts: Tensor, indices: Tensor, q_blocks: BlockOffsets, kv_blocks: BlockOffsets) -> BlockMask:

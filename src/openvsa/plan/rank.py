@@ -10,6 +10,7 @@ from torch import Tensor
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, ShapeError
 from openvsa.layout.device import kernels_on
+from openvsa.torch_op import torch_op
 
 __all__ = ["MAX_SCORES", "rank", "rank_in_chunks", "row_chunks"]
 
@@ -119,8 +120,7 @@ def _rank(scores: Tensor, budget: Budget, forced: Tensor | None, first_row: int)
     return counts.int(), ascending.masked_fill(past, 0).int()
 
 
-@torch.library.custom_op("openvsa::top_blocks", mutates_args=())
-def _top_blocks(
+def _top_blocks_kernel(
     scores: Tensor, forced: Tensor | None, width: int, keep_first: int, keep_self: bool, first_row: int
 ) -> Tensor:
     from openvsa.plan import kernels
@@ -128,9 +128,11 @@ def _top_blocks(
     return kernels.top_blocks(scores, forced, width, keep_first, keep_self, first_row)
 
 
-@_top_blocks.register_fake
-def _(scores: Tensor, forced: Tensor | None, width: int, *_: object) -> Tensor:
+def _fake_top_blocks(scores: Tensor, forced: Tensor | None, width: int, *_: object) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], width), dtype=torch.int32)
+
+
+_top_blocks = torch_op("top_blocks", _top_blocks_kernel, _fake_top_blocks)
 
 
 def _ordered_keys(scores: Tensor, column: Tensor) -> Tensor:

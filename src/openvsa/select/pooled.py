@@ -15,6 +15,7 @@ from openvsa.layout.device import has_kernels
 from openvsa.plan import BlockPlan
 from openvsa.plan.rank import rank_in_chunks
 from openvsa.select.pool import pool_mean
+from openvsa.torch_op import torch_op
 
 __all__ = ["PooledTopK", "pooled_scores"]
 
@@ -60,15 +61,13 @@ class _Product(torch.autograd.Function):
         return _Product.apply(grads[0], b.mT), _Product.apply(a.mT, grads[0])
 
 
-@torch.library.custom_op("openvsa::block_scores", mutates_args=())
-def _block_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
+def _block_scores_kernel(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
     from openvsa.select import kernels
 
     return kernels.block_scores(q_pooled, k_pooled, scale)
 
 
-@_block_scores.register_fake
-def _(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
+def _fake_block_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
     batch, num_q, heads, _ = q_pooled.shape
     return q_pooled.new_empty((batch, heads, num_q, k_pooled.shape[1]))
 
@@ -88,7 +87,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad_q * ctx.scale, grad_k * ctx.scale, None
 
 
-_block_scores.register_autograd(_differentiate, setup_context=_save)
+_block_scores = torch_op(
+    "block_scores", _block_scores_kernel, _fake_block_scores, save=_save, differentiate=_differentiate
+)
 
 
 @dataclass(frozen=True)
