@@ -251,13 +251,10 @@ class _Reorder(torch.autograd.Function):
     """A permutation, whose gradient is the inverse permutation rather than a scatter-add."""
 
     @staticmethod
-    def forward(x: Tensor, dim: int, there: Tensor, back: Tensor) -> Tensor:
-        return x.index_select(dim, there)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.dim, there, back = inputs
+    def forward(ctx: Any, x: Tensor, dim: int, there: Tensor, back: Tensor) -> Tensor:
+        ctx.dim = dim
         ctx.save_for_backward(there, back)
+        return x.index_select(dim, there)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

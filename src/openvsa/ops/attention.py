@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from openvsa.errors import PlanError, ShapeError
-from openvsa.ops.capability import Problem
-from openvsa.ops.registry import choose
+from openvsa.ops.capability import Backend, Problem
+from openvsa.ops.registry import backends, choose
 from openvsa.plan import BlockPlan
 
-__all__ = ["block_sparse_attention"]
+__all__ = ["attend", "block_sparse_attention", "check_qkv"]
 
 
 @overload
@@ -63,16 +63,90 @@ def block_sparse_attention(
     """
     check_qkv(q, k, v)
     _check_plan(q, k, plan)
+    return attend(q, k, v, plan, scale, backend, return_lse=return_lse)
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float | None, backend: str,
+    *, return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float | None, backend: str, *, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float | None, backend: str, *, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float | None,
+    backend: str,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`block_sparse_attention` of tensors and a plan that are known to fit each other."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    run = choose(Problem.of(q, k, v, plan), backend).run
-    # Backends choose their precision themselves: autocast would round their fp32 intermediates.
-    with torch.autocast(q.device.type, enabled=False):
+    run = _choose(q, k, v, plan, backend).run
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Backends choose their precision themselves: autocast would round their fp32 intermediates.
+        with torch.autocast(device_type, enabled=False):
+            out, lse = run(q, k, v, plan, scale)
+    else:
         out, lse = run(q, k, v, plan, scale)
     return (out, lse) if return_lse else out
 
 
+_MOST_CHOICES = 4096
+_CHOICES: dict[tuple[object, ...], tuple[Backend, tuple[Backend, ...]]] = {}  # and what there was to choose from
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, name: str) -> Backend:
+    """The backend for a call; for one like an earlier one without looking at the backends again."""
+    if torch.compiler.is_compiling():
+        return choose(Problem.of(q, k, v, plan), name)
+    q_blocks, kv_blocks = plan.q_blocks, plan.kv_blocks
+    key = (
+        name, q.device, q.dtype, q.shape, k.shape, v.shape[3], q_blocks.max_len, kv_blocks.max_len,
+        q_blocks.uniform_len is None or kv_blocks.uniform_len is None,
+        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    found, among = _CHOICES.get(key, (None, None))
+    if found is None or among is not backends():
+        found = choose(Problem.of(q, k, v, plan), name)
+        if len(_CHOICES) >= _MOST_CHOICES:
+            _CHOICES.clear()
+        _CHOICES[key] = found, backends()
+    return found
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ShapeError unless q [B, Sq, H, D], k [B, Skv, Hkv, D] and v [B, Skv, Hkv, Dv] fit each other."""
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if (
+        len(q_shape) == len(k_shape) == len(v_shape) == 4
+        and k_shape[:3] == v_shape[:3]
+        and q_shape[0] == k_shape[0]
+        and q_shape[3] == k_shape[3]
+        and k_shape[2]
+        and not q_shape[2] % k_shape[2]
+        and q.dtype == k.dtype == v.dtype
+        and q.is_floating_point()
+        and q.device == k.device == v.device
+    ):
+        return
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ShapeError(f"q, k and v must be [batch, seq, heads, head_dim], got {shapes}")

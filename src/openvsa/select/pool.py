@@ -87,14 +87,11 @@ def _tables(blocks: BlockOffsets, device: torch.device) -> tuple[Tensor, Tensor,
 # The two are each other's gradient. Autograd's own would be scatter-adds, whose order on a GPU is not fixed.
 class _BlockSum(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, slots: Tensor, lens: Tensor, block_of_token: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slots: Tensor, lens: Tensor, block_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(slots, lens, block_of_token)
         filled = torch.arange(slots.shape[1], device=x.device) < lens[:, None]
         found = x.index_select(1, slots.flatten()).unflatten(1, slots.shape)
         return torch.where(filled[..., None, None], found, 0.0).sum(2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -103,12 +100,9 @@ class _BlockSum(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, slots: Tensor, lens: Tensor, block_of_token: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slots: Tensor, lens: Tensor, block_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(slots, lens, block_of_token)
         return x.index_select(1, block_of_token)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
