@@ -39,7 +39,7 @@ def kernel_times(call: Callable[[], object], device: torch.device) -> dict[str, 
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     first, last = float("inf"), 0.0
-    for event in profiler.events():
+    for event in profiler.events() or ():
         if on_gpu != (event.device_type == torch.autograd.DeviceType.CUDA):
             continue
         milliseconds = (event.device_time if on_gpu else event.self_cpu_time_total) / 1e3

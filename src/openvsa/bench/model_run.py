@@ -135,7 +135,7 @@ class _Subject:
         """Inside, attention is sparse or, with None, computed by a dense kernel, the chosen one by default."""
         if density is None:
             return DenseBy(self.kernels[kernel or self.dense])
-        return sparsify(self.model, density, measure=False)
+        return sparsify(self.model, density, measure=False, min_tokens=0)
 
     def ways(self) -> dict[str, float | None]:
         """What is timed: names and densities, dense first."""
@@ -162,8 +162,8 @@ def _measure_attention(subject: _Subject, options: ModelOptions, rows: list[dict
     q, k, v = (x if hoisted else layout.unpermute(x) for x in (event.q, event.k, event.v))
 
     def sparse(budget: Budget) -> Tensor:
-        mine = (q, k, v) if hoisted else tuple(layout.permute(x) for x in (q, k, v))
-        out = block_sparse_attention(*mine, select(mine[0], mine[1], layout, budget))
+        mine = [x if hoisted else layout.permute(x) for x in (q, k, v)]
+        out = block_sparse_attention(mine[0], mine[1], mine[2], select(mine[0], mine[1], layout, budget))
         return out if hoisted else layout.unpermute(out)
 
     calls: dict[tuple[str, str], Callable[[], object]] = {}

@@ -72,7 +72,7 @@ def make_pair(
             return lambda *_: progress.update(task, advance=1, refresh=True)
 
         dense = _timed(make_clip, partial(observe, pipe), steps, bar("full attention", steps))
-        recorder, attach = recorder_for(dense.attention), partial(sparsify, pipe, settings.density)
+        recorder, attach = recorder_for(dense.attention), partial(sparsify, pipe, settings.density, min_tokens=0)
         sparse = _timed(make_clip, attach, steps, bar("sparse attention", steps), recorder)
         done = bar("report", 1)
         comparison = _compare(settings, dense, sparse, recorder)

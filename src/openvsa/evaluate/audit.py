@@ -167,8 +167,8 @@ class Audit:
 
     def _sparse(self, table: BudgetTable | None = None) -> SparseHandle:
         if table is None:
-            return sparsify(self._pipe, self._density, tile=self._tile)
-        return sparsify(self._pipe, budget=table, tile=self._tile)
+            return sparsify(self._pipe, self._density, tile=self._tile, min_tokens=0)
+        return sparsify(self._pipe, budget=table, tile=self._tile, min_tokens=0)
 
     def _generate(
         self,
@@ -274,7 +274,7 @@ class Audit:
         done()
         times = []
         for share in shares:
-            with sparsify(self._pipe, share, tile=self._tile) as handle:
+            with sparsify(self._pipe, share, tile=self._tile, min_tokens=0) as handle:
                 forward()
                 report = handle.report()
             times.append(TimedDensity(report.executed_density, report.attention_seconds))

@@ -38,7 +38,9 @@ class SparsityConfig:
             density of 1 leaves the layer dense.
         dense_first_steps, dense_last_steps: so many steps at the beginning and end of a generation stay dense.
         dense_layers: numbers or names of layers that stay dense; -1 is the last layer.
-        min_tokens: a sequence of fewer tokens stays dense.
+        min_tokens: a sequence of fewer tokens stays dense. None leaves dense what sparse attention is not expected to
+            make faster (see `openvsa.integrations.break_even`), but for density 1, models with branch weights, and
+            training; 0 makes everything sparse.
         reuse_steps: a plan serves so many steps; 1 makes a plan in every step.
         backend: as in `openvsa.block_sparse_attention`.
         strict: raise where attention cannot be sparse. False warns once for each layer and leaves that call dense.
@@ -57,7 +59,7 @@ class SparsityConfig:
     dense_first_steps: int = 0
     dense_last_steps: int = 0
     dense_layers: tuple[int | str, ...] = ()
-    min_tokens: int = 0
+    min_tokens: int | None = None
     reuse_steps: int = 1
     backend: str = "auto"
     strict: bool = True
@@ -67,6 +69,8 @@ class SparsityConfig:
             raise BudgetError(f"give either density or budget, got density={self.density} and budget={self.budget}")
         for name, least in (("dense_first_steps", 0), ("dense_last_steps", 0), ("min_tokens", 0), ("reuse_steps", 1)):
             value = getattr(self, name)
+            if value is None and name == "min_tokens":
+                continue
             if not isinstance(value, int) or value < least:
                 raise OpenVSAError(f"{name} must be a whole number >= {least}, got {value!r}")
         if not all(isinstance(step, int) and step >= 0 for step in self.steps):
@@ -106,19 +110,21 @@ class SparsityConfig:
         """Whether anything depends on the denoising step."""
         return bool(self.steps or self.dense_first_steps or self.dense_last_steps or self.reuse_steps > 1)
 
-    def at(self, name: str, step: int, num_steps: int | None, tokens: int) -> Budget | tuple[Budget, ...] | None:
-        """The budget of a layer in a step, or one for each of its heads; None where it stays dense.
+    def at(self, name: str, step: int, num_steps: int | None, tokens: int) -> Budget | tuple[Budget, ...] | str:
+        """The budget of a layer in a step, or one for each of its heads; or in words why it stays dense.
 
-        `dense_layers` are left to the caller, who knows the numbers of the layers.
+        `dense_layers` are left to the caller, who knows the numbers of the layers, and so is min_tokens=None.
         """
-        if tokens < self.min_tokens or step < self.dense_first_steps:
-            return None
+        if tokens < (self.min_tokens or 0):
+            return f"min_tokens is {self.min_tokens}"
+        if step < self.dense_first_steps:
+            return f"dense_first_steps is {self.dense_first_steps}"
         if num_steps is not None and step >= num_steps - self.dense_last_steps:
-            return None
+            return f"dense_last_steps is {self.dense_last_steps}"
         if name in self.layers:
-            return self._by_layer[name]  # pyright: ignore[reportAttributeAccessIssue]
+            return self._by_layer[name] or "its density in layers is 1"  # pyright: ignore[reportAttributeAccessIssue]
         if step in self.steps:
-            return self._by_step[step]  # pyright: ignore[reportAttributeAccessIssue]
+            return self._by_step[step] or f"the density of step {step} is 1"  # pyright: ignore[reportAttributeAccessIssue]
         return self.base
 
     def check_layers(self, names: list[str]) -> frozenset[int]:

@@ -36,6 +36,7 @@ def sparsify(
     tile: tuple[int, ...] | None = None,
     selector: Selector | None = None,
     backend: str = "auto",
+    min_tokens: int | None = None,
     config: SparsityConfig | None = None,
     measure: bool = True,
 ) -> SparseHandle:
@@ -53,6 +54,8 @@ def sparsify(
         tile: tokens of a tile along each axis of the lattice; None takes TileLayout.fit for each lattice.
         selector: how tiles are chosen; None means PooledTopK().
         backend: as in `openvsa.block_sparse_attention`.
+        min_tokens: a sequence of fewer tokens stays dense. None: where sparse attention is not expected to be faster
+            (see `openvsa.integrations.break_even`); 0: never.
         config: all of these and more as one SparsityConfig. Give it alone, or give one of density and budget.
         measure: keep densities and seconds per layer for `report`. Calls inside torch.compile are never measured.
 
@@ -64,10 +67,12 @@ def sparsify(
         UnsupportedError: the model is of no supported family.
         OpenVSAError: the model is attached already.
     """
-    if [density, budget, config].count(None) != 2 or (config and (tile or selector or backend != "auto")):
+    if [density, budget, config].count(None) != 2 or (
+        config and (tile or selector or backend != "auto" or min_tokens is not None)
+    ):
         raise BudgetError(
             f"give either density or budget or config, got density={density}, budget={budget} and config={config}; "
-            "tile, selector and backend are part of a config"
+            "tile, selector, backend and min_tokens are part of a config"
         )
     if config is None:
         table = BudgetTable.load(budget) if isinstance(budget, str | PathLike) else budget
@@ -75,7 +80,13 @@ def sparsify(
         if isinstance(table, BudgetTable):
             density, table, layers, tile = table.density, None, table.layers, tile or table.tile
         config = SparsityConfig(
-            density=density, budget=table, layers=layers, tile=tile, selector=selector or PooledTopK(), backend=backend
+            density=density,
+            budget=table,
+            layers=layers,
+            tile=tile,
+            selector=selector or PooledTopK(),
+            backend=backend,
+            min_tokens=min_tokens,
         )
     return attach(model, config, measure=measure)
 

@@ -62,14 +62,15 @@ class Interception(TorchFunctionMode):
 class SparseProcessor:
     """Stands in a layer's attention module for the processor `inner`. Made by `wrap`.
 
-    `budget`, `kept` and the session's current forward are set at the beginning of every forward, outside of what may
-    be compiled block by block.
+    `budget` (None: dense, for the reason in `why_dense`), `kept` and the session's current forward are set at the
+    beginning of every forward, outside of what may be compiled block by block.
     """
 
     def __init__(self, inner: Any, layer: int, name: str, family: Family, session: Session) -> None:
         self.inner, self.layer, self.name, self.family, self.session = inner, layer, name, family, session
         self.attached = True
         self.budget: Budget | tuple[Budget, ...] | None = None
+        self.why_dense = ""
         self.kept: Kept | None = None
         self.warned = False
 
@@ -136,6 +137,7 @@ class SparseProcessor:
         config = self.session.config
         if config is None or config.strict:
             raise UnsupportedError(reason, {})
+        self.why_dense = reason
         if not self.warned and not torch.compiler.is_compiling():
             self.warned = True
             warnings.warn(f"dense attention instead of sparse: {reason}", stacklevel=2)

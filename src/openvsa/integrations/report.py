@@ -45,6 +45,7 @@ class LayerReport:
     executed_density: what was computed in all calls, the dense ones included, as a share of pairs of tokens.
     calls, sparse_calls: all of them, and those that were sparse. Both densities above are 1 if there was none.
     attention_seconds: of attention alone.
+    why_dense: of the last call that was dense; empty if there was none, or nothing was to be sparse.
     """
 
     layer: int
@@ -58,6 +59,7 @@ class LayerReport:
     calls: int
     sparse_calls: int
     attention_seconds: float
+    why_dense: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,13 @@ class SparsityReport:
             f"all layers: density asked {_number(self.requested_density)}, kept {self.delivered_density:.3f}, "
             f"run {self.executed_density:.3f}; {self.attention_seconds:.3f} s in self-attention"
         )
+        reasons: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.why_dense:
+                reasons.setdefault(layer.why_dense, []).append(layer.name)
+        for why, names in reasons.items():
+            who = names[0] if len(names) == 1 else f"{len(names)} layers, {names[0]} to {names[-1]}"
+            rows.append(f"dense calls of {who}: {why}")
         return "\n".join(rows)
 
 

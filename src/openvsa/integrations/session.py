@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, ShapeError, UnsupportedError
+from openvsa.integrations.break_even import objection, share_of
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, Hoist, Sequence
 from openvsa.integrations.families.base import forward_names
@@ -182,7 +184,7 @@ class Session:
             out = dense()
             clock.stop()
             tally = self._tally(processor, parts[0].layout)
-            tally.count_dense()
+            tally.count_dense(processor.why_dense)
             tally.time(clock)
             if self.callbacks and (attn_mask is None or forward.sequence.text_lengths is not None):
                 seconds = clock.seconds() / len(parts)
@@ -310,7 +312,7 @@ class Session:
     def count_unseen(self, processor: SparseProcessor) -> None:
         """Take note of a dense call that did not go through scaled_dot_product_attention."""
         if self.watches() and self.forward is not None:
-            self._tally(processor, self.forward.parts[0].layout).count_dense()
+            self._tally(processor, self.forward.parts[0].layout).count_dense(processor.why_dense)
 
     def _tally(self, processor: SparseProcessor, layout: TileLayout) -> Tally:
         tally = self.tallies.setdefault(processor.layer, Tally(processor.layer, processor.name, layout))
@@ -370,6 +372,7 @@ class Site:
     processors: list[SparseProcessor]
     hoist: Hoist | None
     dense_layers: frozenset[int] = frozenset()
+    told: bool = False
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -389,7 +392,7 @@ class Site:
             sequence, self._parts(sequence, device), session.layout(Sequence(sequence.grid), 0, device), timestep,
             hoisted=False,
         )  # fmt: skip
-        dense = self._decide(sequence, timestep, self.family.condition((), arguments))
+        dense = self._decide(sequence, timestep, self.family.condition((), arguments), device)
         if dense or self.hoist is None or getattr(module, "is_cache_enabled", False):
             # A cache holds hidden states of other steps, whose order may be another.
             return None
@@ -441,7 +444,9 @@ class Site:
             for length in distinct
         )
 
-    def _decide(self, sequence: Sequence, timestep: Tensor | None, condition: Tensor | None) -> bool:
+    def _decide(
+        self, sequence: Sequence, timestep: Tensor | None, condition: Tensor | None, device: torch.device
+    ) -> bool:
         """Give every layer its budget and its kept plans for this forward. True if all layers stay dense."""
         session, config = self.session, self.session.config
         step, num_steps, reuse = 0, None, None
@@ -457,12 +462,30 @@ class Site:
                 reuse = self._plans_of(step, config.reuse_steps, (sequence, len(self.processors)), condition)
         forward = session.forward
         assert forward is not None
-        tokens = forward.parts[0].layout.num_tokens
+        layout = forward.parts[0].layout
         for processor in self.processors:
-            dense = processor.layer in self.dense_layers
-            processor.budget = None if dense else config.at(processor.name, step, num_steps, tokens)
+            found = "it is one of dense_layers"
+            if processor.layer not in self.dense_layers:
+                found = config.at(processor.name, step, num_steps, layout.num_tokens)
+                if not isinstance(found, str) and config.min_tokens is None:
+                    found = self._too_slow(found, layout, device) or found
+            processor.budget, processor.why_dense = (None, found) if isinstance(found, str) else (found, "")
             processor.kept = None if reuse is None else reuse.layers.setdefault(processor.layer, Kept())
         return all(processor.budget is None for processor in self.processors)
+
+    def _too_slow(self, budget: Budget | tuple[Budget, ...], layout: TileLayout, device: torch.device) -> str:
+        """Why sparse attention is not worth it, if it is not. Weights that were trained with it want it at any price,
+        and so does training."""
+        if self.session.branch is not None or (self.transformer.training and torch.is_grad_enabled()):
+            return ""
+        share = share_of(budget, layout.num_tiles)
+        if share == 1.0:  # never worth it: whoever asks for it wants to see that it is the same
+            return ""
+        why = objection(str(device), layout.num_tokens, *self.family.heads(self.transformer), share)
+        if why and not self.told and not torch.compiler.is_compiling():
+            self.told = True
+            warnings.warn(f"attention stays dense: {why}; SparsityConfig(min_tokens=0) makes it sparse", stacklevel=2)
+        return why
 
     def _step(self, sequence: Sequence, timestep: Tensor | None) -> int:
         if torch.compiler.is_compiling():

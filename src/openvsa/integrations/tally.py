@@ -31,10 +31,12 @@ class Tally:
     delivered: Tensor | float = 0.0
     executed: Tensor | float = 0.0
     seconds: float = 0.0
+    why_dense: str = ""
     pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
 
-    def count_dense(self) -> None:
+    def count_dense(self, why: str) -> None:
         self.calls += 1
+        self.why_dense = why
         self.executed = self.executed + 1.0
 
     def count(self, plan: BlockPlan, budget: Budget | tuple[Budget, ...]) -> None:
@@ -82,6 +84,7 @@ class Tally:
             calls=self.calls,
             sparse_calls=sparse,
             attention_seconds=self.seconds,
+            why_dense=self.why_dense,
         )
 
 

@@ -213,7 +213,7 @@ def _export(
         film = clips.load([scene.start])[0].permute(1, 2, 3, 0)
         rows.append((f"{scene.name}: film{', held out' if scene.held_out else ''}", ((film + 1) * 127.5).byte().cpu()))
         for density in (1.0, 0.25):
-            handle = openvsa.sparsify(pipe, density=density)
+            handle = openvsa.sparsify(pipe, density=density, min_tokens=0)
             clip = pipe(scene=scene.name, num_inference_steps=config.sample_steps)
             handle.detach()
             rows.append((f"{scene.name}: density {density}", clip))

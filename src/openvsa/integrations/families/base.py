@@ -94,6 +94,10 @@ class Family(ABC):
         """The noise level: any numbers that fall from step to step and rise when a new generation begins."""
         return kwargs.get("timestep")
 
+    def heads(self, transformer: Any) -> tuple[int, int]:
+        """Heads of the video self-attention, and channels of each."""
+        return transformer.config.num_attention_heads, transformer.config.attention_head_dim
+
     def condition(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The tensor whose identity tells the branches of guidance apart when they run one after the other."""
         return kwargs.get("encoder_hidden_states")

@@ -40,6 +40,10 @@ class Kandinsky5(Family):
         config = transformer.config
         return Sequence(tuple(side // size for side, size in zip(latents.shape[1:4], config.patch_size, strict=True)))
 
+    def heads(self, transformer: Any) -> tuple[int, int]:
+        head_dim = sum(transformer.config.axes_dims)
+        return transformer.config.model_dim // head_dim, head_dim
+
     def hoist(self, transformer: Any) -> Hoist | None:
         entries = ((transformer.visual_embeddings, 1, 3), (transformer.visual_rope_embeddings, 1, 3))
         return Hoist(entries, (transformer.visual_transformer_blocks[-1], 1))
