@@ -42,7 +42,8 @@ def reasons(problem: Problem) -> list[str]:
 
 def local_bytes(variant: Variant) -> int:
     """Memory that spilled registers of a thread take, as the driver knows it."""
-    function, _ = compiler._function(variant, torch.cuda.current_device())
+    device = torch.zeros((), device="cuda").get_device()  # makes the context that the driver wants
+    function, _ = compiler._function(variant, device)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
     error, found = driver.cuFuncGetAttribute(attribute, function)
     assert int(error) == 0
