@@ -11,7 +11,9 @@ import torch
 
 import openvsa
 from openvsa import Budget, SparsityConfig
-from openvsa.select import BudgetTable, PooledTopK
+from openvsa.integrations import families as families_room
+from openvsa.integrations.presets import PRESETS
+from openvsa.select import BudgetTable, PooledTopK, ReleasedVSA
 from tiny_wan import run, tiny_wan
 
 FULL = SparsityConfig(
@@ -117,3 +119,40 @@ def test_the_handle_changes_settings_while_it_is_on() -> None:
         assert handle.report().layers[0].tile == (3, 3, 3)
         handle.density = 0.5
         assert handle.config == SparsityConfig(budget=Budget(keep_ratio=0.5), tile=(3, 3, 3))
+
+
+# -- presets --------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_has_a_preset_and_its_steps_scale() -> None:
+    families = {path.stem for path in Path(families_room.__file__).parent.glob("*.py")} - {
+        "__init__", "base", "coordinates", "joint"
+    }  # fmt: skip
+    assert set(PRESETS) == families | {"vsa-1.3b", "vsa-14b"}
+    for name in PRESETS:
+        config = SparsityConfig.preset(name)
+        assert SparsityConfig.from_dict(config.to_dict()) == config
+        assert SparsityConfig.preset(name, steps=4).dense_first_steps <= 1
+
+
+def test_a_preset_can_be_changed() -> None:
+    assert SparsityConfig.preset("wan") == SparsityConfig(density=0.25, dense_first_steps=10, dense_layers=(0,))
+    assert SparsityConfig.preset("wan", steps=30, density=0.5).dense_first_steps == 6
+    assert SparsityConfig.preset("wan", budget=Budget(top_k=9)).density is None
+    method = ReleasedVSA(0.9)
+    trained = SparsityConfig(budget=method.budget, selector=method, tile=(4, 4, 4))
+    assert SparsityConfig.preset("vsa-14b") == trained
+    with pytest.raises(openvsa.OpenVSAError, match="there is no preset 'x'; choose from wan, "):
+        SparsityConfig.preset("x")
+    with pytest.raises(openvsa.OpenVSAError, match="steps must be a whole number >= 1, got 0"):
+        SparsityConfig.preset("wan", steps=0)
+    with pytest.raises(openvsa.BudgetError, match="must be in"):
+        SparsityConfig.preset("wan", density=2)
+
+
+def test_a_model_takes_a_preset() -> None:
+    model = tiny_wan(3)
+    with openvsa.sparsify(model, config=SparsityConfig.preset("wan", steps=5, min_tokens=0)) as handle:
+        for level in (900.0, 700.0):
+            run(model, level)
+        assert [layer.sparse_calls for layer in handle.report().layers] == [0, 1, 1]

@@ -14,6 +14,7 @@ from typing import Any
 import openvsa.select as selectors
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, OpenVSAError, require
+from openvsa.integrations.presets import PRESETS
 from openvsa.select import PooledTopK, Selector
 
 __all__ = ["SparsityConfig"]
@@ -89,6 +90,29 @@ class SparsityConfig:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityConfig:
         return self
+
+    @classmethod
+    def preset(cls, name: str, *, steps: int | None = None, **changes: Any) -> SparsityConfig:
+        """Settings to start from for a family of models (see `openvsa.integrations.presets`).
+
+        Args:
+            name: "wan", "hunyuan_video", ... for a model that was trained with full attention; "vsa-1.3b" and
+                "vsa-14b" for released weights that were trained with VSA.
+            steps: denoising steps of a generation, of which the first stay dense; None: what the family's pipeline
+                takes by default.
+            changes: settings that replace those of the preset. A budget replaces its density, and the other way round.
+
+        Raises:
+            OpenVSAError: there is no such preset, or a setting is wrong.
+        """
+        if name not in PRESETS:
+            raise OpenVSAError(f"there is no preset {name!r}; choose from {', '.join(PRESETS)}")
+        settings = PRESETS[name].settings(steps)
+        if changes.get("budget") is not None:
+            settings.pop("density", None)
+        if changes.get("density") is not None:
+            settings.pop("budget", None)
+        return cls(**{**settings, **changes})
 
     def _of(self, share: Share) -> Budget | tuple[Budget, ...] | None:
         base: Budget = self._base  # pyright: ignore[reportAttributeAccessIssue]
