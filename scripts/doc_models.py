@@ -1,0 +1,239 @@
+"""Write what was measured of whole models: into docs/performance.md, the pages of the families and docs/presets.md.
+
+python scripts/doc_models.py            # write it
+python scripts/doc_models.py --check    # fail if a page on disk differs
+
+Of each machine and model the newest file `benchmarks/results/models-*.json` that has it counts.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from doc_audit import AUDIT
+from doc_tables import table, with_table
+from openvsa.bench.model_cases import MODELS
+from openvsa.bench.record import MODEL_SCHEMA, load
+from openvsa.evaluate.audit_figures import AuditFigures
+from openvsa.integrations.presets import PRESETS, Preset
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+
+# What is asked of the sparse step at this density, in cases that have a target.
+TARGET_DENSITY = 0.1
+# Families, by the name of their page and preset, and the models that were measured of them.
+FAMILIES = {
+    "wan": ("wan-1.3b-480p", "wan-1.3b-720p", "wan-14b-720p"),
+    "hunyuan_video": ("hunyuan-720p",),
+    "ltx": ("ltx",),
+}
+MODES = ("eager", "compiled")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One model in the newest file that has it."""
+
+    file: Path
+    record: dict[str, Any]
+    case: dict[str, Any]
+
+    @property
+    def machine(self) -> str:
+        return self.record["machine"]["device"]
+
+    @property
+    def part(self) -> str:
+        """What of the model was run, where it was not all of it."""
+        return f"{self.case['layers']} layers of {self.case['whole']}" if self.case["whole"] else ""
+
+    def dense(self, mode: str) -> Row | None:
+        rows = [row for row in self.case["rows"] if row["mode"] == mode and row["density"] is None]
+        return min(rows, key=lambda row: row["ms"]) if rows else None
+
+    def sparse(self, mode: str) -> dict[float, Row]:
+        return {row["density"]: row for row in self.case["rows"] if row["mode"] == mode and row["density"] is not None}
+
+
+def newest_models() -> list[MeasuredModel]:
+    """By machine and in the order of the models."""
+    found: dict[tuple[str, str], MeasuredModel] = {}
+    files = [(path, load(path, MODEL_SCHEMA)) for path in RESULTS.glob("models-*.json")]
+    for path, record in sorted(files, key=lambda pair: pair[1]["date"]):
+        for case in record["cases"]:
+            if case["passed"] and case["name"] in MODELS:
+                found[record["machine"]["device"], case["name"]] = MeasuredModel(path, record, case)
+    order = list(MODELS)
+    return [found[key] for key in sorted(found, key=lambda key: (key[0], order.index(key[1])))]
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(row: Row | None) -> str:
+    return f"{number(row['ms'])} ({row['faster']:.2f}×)" if row else ""
+
+
+def steps(found: list[MeasuredModel]) -> str:
+    """One row for each model and mode; attention alone is a mode of its own, summed over the layers."""
+    densities = sorted({d for one in found for mode in MODES for d in one.sparse(mode)}, reverse=True)
+    head = ["model", "", "dense, ms", *(f"density {d:g}, ms" for d in densities), "aim", "peak, GiB", "host, ms"]
+    lines = []
+    for one in found:
+        case, layers = one.case, one.case["layers"]
+        for mode in ("attention", *MODES):
+            dense, sparse = one.dense(mode), one.sparse(mode)
+            if dense is None or not sparse:
+                continue
+            scale = layers if mode == "attention" else 1
+            cells = [times({**sparse[d], "ms": sparse[d]["ms"] * scale}) if d in sparse else "" for d in densities]
+            aim = f"{case['target']}× at {TARGET_DENSITY}" if case["target"] and mode != "attention" else ""
+            peaks = [row["peak_bytes"] for row in (dense, *sparse.values()) if row.get("peak_bytes")]
+            peak = " to ".join(dict.fromkeys(f"{x / 2**30:.1f}" for x in (min(peaks), max(peaks)))) if peaks else ""
+            hosts = [row["ms"] for row in (one.dense("host"), *one.sparse("host").values()) if row]
+            host = f"{number(min(hosts))} to {number(max(hosts))}" if hosts and mode == "eager" else ""
+            label = f"{layers} × attention" if mode == "attention" else f"step, {mode}"
+            kernel = dense["variant"].removeprefix("dense-")
+            lines.append(
+                [f"`{case['name']}`", label, f"{number(dense['ms'] * scale)} ({kernel})", *cells, aim, peak, host]
+            )
+    return table(head, lines)
+
+
+def profiles(found: list[MeasuredModel]) -> str:
+    """Where the time of a step goes."""
+    entries = [(one, entry) for one in found for entry in one.case.get("profile", ())]
+    names: dict[str, float] = {}
+    for _, entry in entries:
+        for name, milliseconds in entry["groups"].items():
+            names[name] = names.get(name, 0.0) + milliseconds
+    head = sorted(names, key=lambda name: -names[name])
+    lines = [
+        [f"`{one.case['name']}`", entry["mode"], entry["variant"], *(number(entry["groups"].get(n, 0.0)) for n in head)]
+        for one, entry in entries
+    ]
+    return table(["model", "", "attention by", *head], lines)
+
+
+def about(one: MeasuredModel) -> str:
+    case, attention = one.case, one.case["attention"]
+    grid, tile = ("×".join(map(str, x)) for x in (case["grid"], attention["tile"]))
+    part = f", {one.part}" if one.part else ""
+    return (
+        f"- `{case['name']}`: {case['note']}{part}; lattice {grid}, {attention['tokens']:,} tokens in tiles of {tile}, "
+        f"{attention['heads']} heads of {attention['head_dim']}, {case['dtype']}\n"
+    )
+
+
+def gates(found: list[MeasuredModel]) -> str:
+    lines = []
+    for one in found:
+        changes = one.case["gate"]
+        [other] = [name for name in changes if name.startswith("dense-")]
+        cells = [f"{changes[other]:.1e} ({other.removeprefix('dense-')})", f"{changes['density 1']:.1e}"]
+        lines.append([f"`{one.case['name']}`", *cells])
+    return table(["model", "another dense kernel", "density 1"], lines)
+
+
+def performance() -> str:
+    text = ""
+    for machine in dict.fromkeys(one.machine for one in newest_models()):
+        found = [one for one in newest_models() if one.machine == machine]
+        text += f"### {machine}\n\n{steps(found)}\n" + "".join(about(one) for one in found) + "\n"
+        text += (
+            "Change of the output against the dense kernel in use, as a share of its norm:\n\n" + gates(found) + "\n"
+        )
+        if any(one.case.get("profile") for one in found):
+            text += "Where the milliseconds of a step go, by kernels:\n\n" + profiles(found) + "\n"
+        for one in {one.file: one for one in found}.values():
+            record = one.record
+            versions = ", ".join(f"{n} {record['versions'][n]}" for n in ("torch", "triton", "cudnn", "diffusers"))
+            text += f"- `{one.file.name}`: {record['date'][:10]}, commit `{record['commit']}`, {versions}: "
+            text += f"`{record['command']}`\n"
+        text += "\n"
+    return text.rstrip() + "\n"
+
+
+def family(name: str) -> str:
+    """The lines of one family, for its page."""
+    found = [one for one in newest_models() if one.case["name"] in FAMILIES[name]]
+    if not found:
+        return "Not measured yet: `openvsa bench --model` does it.\n"
+    machines = " and ".join(dict.fromkeys(one.machine for one in found))
+    parts = "; ".join(f"`{one.case['name']}` is {one.part}" for one in found if one.part)
+    note = f"One denoising step, {machines}, random weights, batch 1{'; ' + parts if parts else ''}. "
+    return note + "How it was measured: [Performance](../performance.md#whole-models).\n\n" + steps(found)
+
+
+def generation(preset: Preset, one: MeasuredModel, mode: str) -> float | None:
+    """How many times as fast as dense the preset makes all steps of a generation, from measured times of steps and of
+    attention calls; None if it was not measured at this density, or the model was not run whole."""
+    dense, sparse = one.dense(mode), one.sparse(mode).get(preset.density)
+    calls = one.dense("attention"), one.sparse("attention").get(preset.density)
+    if dense is None or sparse is None or one.part or None in calls:
+        return None
+    back = len(preset.dense_layers) * (calls[0]["ms"] - calls[1]["ms"])  # pyright: ignore[reportOptionalSubscript]
+    first = preset.settings(None)["dense_first_steps"]
+    total = first * dense["ms"] + (preset.steps - first) * (sparse["ms"] + back)
+    return preset.steps * dense["ms"] / total
+
+
+def presets() -> str:
+    measured = newest_models()
+    lines = []
+    for name, preset in PRESETS.items():
+        if isinstance(preset, Preset):
+            first = preset.settings(None)["dense_first_steps"]
+            layers = ", ".join(map(str, preset.dense_layers))
+            what = [f"{preset.density:g}", f"{first} of {preset.steps}", layers]
+            speeds = [
+                f"{factor:.2f}× (`{one.case['name']}`, {mode}, {one.machine})"
+                for one in measured
+                for mode in MODES
+                if one.case["name"] in FAMILIES.get(name, ()) and (factor := generation(preset, one, mode))
+            ]
+        else:
+            what, speeds = [f"{1 - preset.sparsity:g}", "none", "none"], []
+        quality = "not measured: needs the weights; run `openvsa audit`"
+        lines.append([f"`{name}`", *what, "<br>".join(speeds) or "not measured", quality])
+    figures = AuditFigures.from_json(AUDIT.read_text())
+    quality = figures.sparse.quality
+    told = f"PSNR {quality.mean_psnr:.1f} dB, SSIM {quality.mean_ssim:.3f} ([what you lose](what-you-lose.md))"
+    lines.append(["the bundled model, no preset", f"{figures.settings.density:g}", "none", "none", "", told])
+    head = ["preset", "density", "dense first steps", "dense layers", "all steps, against dense", "quality"]
+    return table(head, lines)
+
+
+def pages() -> dict[Path, tuple[str, str]]:
+    """The generated part of each page: its marker and what it holds."""
+    found = {DOCS / "performance.md": ("models", performance()), DOCS / "presets.md": ("presets", presets())}
+    for name in FAMILIES:
+        found[DOCS / "families" / f"{name}.md"] = ("speed", family(name))
+    return found
+
+
+def main() -> int:
+    stale = []
+    for path, (marker, content) in pages().items():
+        old = path.read_text()
+        fresh = with_table(old, marker, content)
+        if fresh != old:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(fresh)
+    if stale and "--check" in sys.argv:
+        print(f"stale pages: {', '.join(stale)}; run python scripts/doc_models.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

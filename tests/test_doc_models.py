@@ -1,0 +1,77 @@
+"""What the pages say of whole models is what the newest files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import doc_models
+from openvsa.bench.record import MODEL_SCHEMA
+from openvsa.integrations.presets import Preset
+
+
+def row(mode: str, density: float | None, ms: float, dense: float, **more: Any) -> dict[str, Any]:
+    name = "dense-cudnn" if density is None else f"density {density:g}"
+    return {"mode": mode, "variant": name, "density": density, "ms": ms, "faster": dense / ms, **more}
+
+
+def record(date: str, name: str, sparse_ms: float, whole: str = "") -> dict[str, Any]:
+    rows = [
+        row("attention", None, 10.0, 10.0), row("attention", 0.25, 4.0, 10.0), row("kernel", 0.25, 3.5, 10.0),
+        row("host", None, 20.0, 20.0), row("host", 0.25, 30.0, 20.0),
+        row("eager", None, 500.0, 500.0, peak_bytes=2**30), row("eager", 0.25, sparse_ms, 500.0, peak_bytes=2**31),
+    ]  # fmt: skip
+    case = {
+        "name": name, "note": "a model", "whole": whole, "grid": [2, 3, 4], "layers": 30, "dtype": "bfloat16",
+        "target": 1.6, "passed": True, "rows": rows, "gate": {"dense-flash": 5e-3, "density 1": 4e-3},
+        "attention": {"tile": [2, 3, 4], "tokens": 24, "heads": 2, "head_dim": 64},
+        "profile": [{"mode": "eager", "variant": "density 0.25", "groups": {"attention": 100.0, "linear": 50.0}}],
+    }  # fmt: skip
+    versions = {"torch": "2", "triton": "3", "cudnn": "9", "diffusers": "0.42"}
+    return {"schema": MODEL_SCHEMA, "date": date, "command": "openvsa bench --model x", "commit": "abc",
+            "versions": versions, "machine": {"device": "GPU"}, "cases": [case]}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doc_models, "RESULTS", tmp_path)
+    for file, made in {
+        "models-old.json": record("2026-01-01", "wan-1.3b-480p", 400.0),
+        "models-new.json": record("2026-02-01", "wan-1.3b-480p", 250.0),
+        "models-part.json": record("2026-01-15", "wan-14b-720p", 200.0, "40 blocks"),
+    }.items():
+        (tmp_path / file).write_text(json.dumps(made))
+
+
+@pytest.mark.usefixtures("results")
+def test_the_newest_file_counts() -> None:
+    page = doc_models.performance()
+    eager = "| `wan-1.3b-480p` | step, eager | 500 (cudnn) | 250 (2.00×) | 1.6× at 0.1 | 1.0 to 2.0 | 20 to 30 |"
+    assert eager in page
+    assert "| `wan-1.3b-480p` | 30 × attention | 300 (cudnn) | 120 (2.50×) |  |  |  |" in page
+    assert "| `wan-1.3b-480p` | 5.0e-03 (flash) | 4.0e-03 |" in page
+    assert "| `wan-1.3b-480p` | eager | density 0.25 | 100 | 50 |" in page
+    assert "30 layers of 40 blocks" in page
+    assert "models-old.json" not in page
+
+
+@pytest.mark.usefixtures("results")
+def test_a_family_has_its_own_models() -> None:
+    text = doc_models.family("wan")
+    assert "on an GPU" not in text
+    assert "`wan-14b-720p` is 30 layers of 40 blocks" in text
+    assert doc_models.family("ltx").startswith("Not measured yet")
+
+
+@pytest.mark.usefixtures("results")
+def test_a_generation_counts_its_dense_steps_and_layers() -> None:
+    whole, part = doc_models.newest_models()
+    # 10 steps of 500 ms, 40 of 250 ms and 6 ms more for the layer that stays dense.
+    assert doc_models.generation(Preset(), whole, "eager") == pytest.approx(50 * 500 / (10 * 500 + 40 * 256))
+    assert doc_models.generation(Preset(), whole, "compiled") is None
+    assert doc_models.generation(Preset(density=0.5), whole, "eager") is None
+    assert doc_models.generation(Preset(), part, "eager") is None
+    assert "1.64× (`wan-1.3b-480p`, eager, GPU)" in doc_models.presets()
