@@ -10,7 +10,7 @@ from helpers import DEVICE
 from openvsa import TileLayout
 from openvsa.layout import kernels
 from openvsa.layout.device import has_kernels
-from openvsa.layout.reorder import from_blocks, to_blocks
+from openvsa.layout.reorder import all_to_blocks, from_blocks, to_blocks
 from plain import both
 
 pytestmark = pytest.mark.triton
@@ -88,6 +88,23 @@ def test_gradients_of_what_was_used(wanted: tuple[bool, bool]) -> None:
     torch.testing.assert_close(grad, exact)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("mean", [True, False])
+def test_all_three_together_are_as_one_by_one(kv_heads: int, mean: bool) -> None:
+    """In one launch where they have one shape (and their gradients too), in several where not."""
+    layout = LAYOUTS[1]
+    q, k, v = tokens(layout), tokens(layout)[:, :, :kv_heads], tokens(layout)[:, :, :kv_heads]
+    together = all_to_blocks(q, k, v, *tables(layout), mean)
+    pairs = [to_blocks(x, *tables(layout), True, mean) for x in (q, k, v)]
+    alone = [x for x, _ in pairs] + [means for _, means in pairs]
+    # The means of v are not used: their gradient is left out.
+    used = [0, 1, 2, 3, 4] if mean else [0, 1, 2]
+    weights = [torch.randn_like(alone[i]) for i in used]
+    results = [torch.autograd.grad([outputs[i] for i in used], (q, k, v), weights) for outputs in (together, alone)]
+    for a, b in zip((*together, *results[0]), (*alone, *results[1]), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_same_bits_twice() -> None:
     layout = LAYOUTS[1]
     rows = torch.randn(2, layout.num_tiles, 2, 24, device=DEVICE)
@@ -96,7 +113,7 @@ def test_the_same_bits_twice() -> None:
         torch.manual_seed(2)
         x, weight = tokens(layout, torch.bfloat16).detach(), tokens(layout).detach()
         index, offsets, longest = tables(layout)
-        return kernels.gather(x, index, offsets, longest, weight=weight, rows=rows, first_row=layout.tile_blocks.start)
+        return kernels.gather_weighted(x, index, offsets, longest, weight, rows, layout.tile_blocks.start)
 
     for a, b in zip(run(), run(), strict=True):
         assert a is not None
@@ -129,6 +146,7 @@ def test_opcheck() -> None:
     for write, mean in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(to_blocks, (x, index, offsets, longest, write, mean), test_utils=checks)
     torch.library.opcheck(to_blocks, (x, None, offsets, longest, False, True), test_utils=checks)
+    torch.library.opcheck(all_to_blocks, (x, weight, x, index, offsets, longest, True), test_utils=checks)
     torch.library.opcheck(from_blocks, (x, None, None, index, offsets, longest, 0), test_utils=checks)
     torch.library.opcheck(from_blocks, (x, rows, weight, index, offsets, longest, first), test_utils=checks)
 

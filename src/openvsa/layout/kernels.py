@@ -5,13 +5,15 @@ memory bandwidth, so whatever else is needed of the same tokens rides along):
   gather   tokens of each block into one contiguous run; their mean, or their sum weighted token by token;
   scatter  the run back to where its tokens belong; a row for all tokens of the block added, weighted or not.
 
-One program per block, head and batch entry. Heads are the fastest program index: in [B, S, H, D] the heads of a
-token are neighbours in memory, and so are the tokens of a tile along the last axis of the lattice. Sums are fp32, in
-a fixed order, without atomics. Offsets are 64-bit.
+Queries, keys and values that are alike go in one launch. One program per block, head, batch entry and tensor. Heads
+are the fastest program index: in [B, S, H, D] the heads of a token are neighbours in memory, and so are the tokens of
+a tile along the last axis of the lattice. Sums are fp32, in a fixed order, without atomics. Offsets are 64-bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "scatter"]
+__all__ = ["gather", "gather_weighted", "scatter"]
+
+_NO_STRIDES = (0, 0, 0, 1)  # of a tensor that is not there
 
 
 @triton.jit
@@ -30,7 +34,7 @@ def _at(x, strides, batch, head, dims):
 
 @triton.jit(do_not_specialize=["heads", "seq", "first_row", "num_rows"])
 def _gather_kernel(
-    x, blocks, totals, weight, rows, weight_grad, index, offsets,
+    x, x1, x2, blocks, blocks1, blocks2, totals, totals1, totals2, weight, rows, weight_grad, index, offsets,
     x_strides, weight_strides, rows_strides, heads, seq, first_row, num_rows,
     WRITE: tl.constexpr, TOTAL: tl.constexpr, WEIGHTED: tl.constexpr, PERMUTED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -38,6 +42,14 @@ def _gather_kernel(
     block = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     batch = tl.program_id(1)
+    if tl.program_id(2) == 1:
+        x = x1
+        blocks = blocks1
+        totals = totals1
+    elif tl.program_id(2) == 2:
+        x = x2
+        blocks = blocks2
+        totals = totals2
     start = tl.load(offsets + block)
     length = tl.load(offsets + block + 1) - start
     row = block - first_row
@@ -79,7 +91,7 @@ def _gather_kernel(
 
 @triton.jit(do_not_specialize=["heads", "seq", "first_row", "num_rows"])
 def _scatter_kernel(
-    blocks, x, rows, weight, index, offsets,
+    blocks, blocks1, blocks2, x, x1, x2, rows, rows1, rows2, weight, index, offsets,
     blocks_strides, rows_strides, weight_strides, heads, seq, first_row, num_rows,
     READ: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, PERMUTED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -87,6 +99,14 @@ def _scatter_kernel(
     block = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     batch = tl.program_id(1)
+    if tl.program_id(2) == 1:
+        x = x1
+        blocks = blocks1
+        rows = rows1
+    elif tl.program_id(2) == 2:
+        x = x2
+        blocks = blocks2
+        rows = rows2
     start = tl.load(offsets + block)
     length = tl.load(offsets + block + 1) - start
     row = block - first_row
@@ -124,9 +144,10 @@ def _scatter_kernel(
             tl.store(place, tokens, mask=mask)
 
 
+@cache
 def _options(head_dim: int, max_len: int, **flags: bool) -> dict[str, Any]:
-    """The compile-time arguments. One warp for pieces of 8 KiB in bf16: sums over tokens then need no barrier, which
-    made pooling 1.6 times faster on an H200 than four warps for pieces of 16 KiB, and nothing slower."""
+    """The compile-time arguments. One warp for pieces of 8 KiB in bf16: sums over tokens then need no barrier, which made
+    pooling 1.6 times faster on an H200 than four warps for pieces of 16 KiB, and nothing slower."""
     block_d = triton.next_power_of_2(head_dim)
     block_l = min(triton.next_power_of_2(max_len), max(4096 // block_d, 1))
     return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_L": block_l, "num_warps": 1, **flags}
@@ -136,90 +157,120 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _alike(xs: Sequence[Tensor]) -> bool:
+    first = xs[0]
+    shape, strides, dtype = first.shape, first.stride(), first.dtype
+    return all(x.shape == shape and x.stride() == strides and x.dtype == dtype for x in xs[1:])
+
+
+def _three(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return xs[0], xs[len(xs) // 2], xs[-1]
+
+
 def gather(
-    x: Tensor,
-    index: Tensor | None,
-    offsets: Tensor,
-    max_len: int,
-    *,
-    write: bool = True,
-    mean: bool = False,
-    weight: Tensor | None = None,
-    rows: Tensor | None = None,
-    first_row: int = 0,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Tokens into blocks, and what is made of them on the way.
+    xs: Sequence[Tensor], index: Tensor | None, offsets: Tensor, max_len: int, *, write: bool, mean: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tokens into blocks, and the means of the blocks.
 
-    Shapes: x [B, S, H, D], any strides; index int64 [S], where the token at each place comes from (None: x is in block
-    order); offsets int32 [N + 1], no block longer than max_len. With `mean`, the fp32 means [B, H, N, D]. With weight
-    [B, S, H, D], in the order of x, and rows fp32 [B, n, H, D], those of the blocks from `first_row` on, instead: the
-    fp32 sums [B, H, n, D] of x * weight, and x * rows [B, S, H, D] in the order of x (the gradients of weight * row).
+    Shapes: at most three tensors [B, S, H, D] of any strides; index int64 [S], where the token at each place comes
+    from (None: they are in block order); offsets int32 [N + 1], no block longer than max_len.
 
-    Returns: tokens in block order (if `write`), means or sums, x * rows; None for what was not asked for.
+    Returns: of each, the tokens in block order (if `write`), and the fp32 means [B, H, N, D] (if `mean`).
     """
-    x = _unit(x)
-    batch, seq, heads, dim = x.shape
-    num_blocks = offsets.numel() - 1
-    num_rows = num_blocks if rows is None else rows.shape[1]
-    total = mean or weight is not None
-    blocks = torch.empty(x.shape, dtype=x.dtype, device=x.device) if write else None
-    totals = torch.empty(batch, heads, num_rows, dim, dtype=torch.float32, device=x.device) if total else None
-    weight_grad = None
-    if weight is not None and rows is not None:
-        weight, rows = _unit(weight), _unit(rows)
-        weight_grad = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    if x.numel():
-        unused = x
-        with torch.cuda.device_of(x):
-            _gather_kernel[(num_blocks * heads, batch)](
-                x, unused if blocks is None else blocks, unused if totals is None else totals,
-                unused if weight is None else weight, unused if rows is None else rows,
-                unused if weight_grad is None else weight_grad, offsets if index is None else index, offsets,
-                x.stride(), (unused if weight is None else weight).stride(),
-                (unused if rows is None else rows).stride(), heads, seq, first_row, num_rows,
-                **_options(
-                    dim, max_len, WRITE=write, TOTAL=total, WEIGHTED=weight is not None, PERMUTED=index is not None
-                ),
+    xs = [_unit(x) for x in xs]
+    if not _alike(xs):
+        parts = [gather([x], index, offsets, max_len, write=write, mean=mean) for x in xs]
+        return [x for blocks, _ in parts for x in blocks], [x for _, means in parts for x in means]
+    first = xs[0]
+    batch, seq, heads, dim = first.shape
+    num_blocks = offsets.shape[0] - 1
+    device = first.device
+    blocks = [torch.empty(first.shape, dtype=first.dtype, device=device) for _ in xs] if write else []
+    means = (
+        [torch.empty((batch, heads, num_blocks, dim), dtype=torch.float32, device=device) for _ in xs] if mean else []
+    )
+    if first.numel():
+        with torch.cuda.device_of(first):
+            _gather_kernel[(num_blocks * heads, batch, len(xs))](
+                *_three(xs), *_three(blocks or xs), *_three(means or xs), first, first, first,
+                offsets if index is None else index, offsets,
+                first.stride(), _NO_STRIDES, _NO_STRIDES, heads, seq, 0, num_blocks,
+                **_options(dim, max_len, WRITE=write, TOTAL=mean, WEIGHTED=False, PERMUTED=index is not None),
             )  # fmt: skip
-    return blocks, totals, weight_grad
+    return blocks, means
+
+
+def gather_weighted(
+    x: Tensor, index: Tensor, offsets: Tensor, max_len: int, weight: Tensor, rows: Tensor, first_row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens into blocks, and what is made of them with a weight for each.
+
+    Shapes: as for `gather`; weight [B, S, H, D], in the order of x; rows fp32 [B, n, H, D], those of the blocks from
+    `first_row` on.
+
+    Returns: tokens in block order; the fp32 sums [B, H, n, D] of x * weight; x * rows [B, S, H, D], in the order of x.
+    """
+    x, weight, rows = _unit(x), _unit(weight), _unit(rows)
+    batch, seq, heads, dim = x.shape
+    num_rows = rows.shape[1]
+    blocks = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = torch.empty(batch, heads, num_rows, dim, dtype=torch.float32, device=x.device)
+    weight_grad = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _gather_kernel[((offsets.shape[0] - 1) * heads, batch)](
+                x, x, x, blocks, blocks, blocks, sums, sums, sums, weight, rows, weight_grad, index, offsets,
+                x.stride(), weight.stride(), rows.stride(), heads, seq, first_row, num_rows,
+                **_options(dim, max_len, WRITE=True, TOTAL=True, WEIGHTED=True, PERMUTED=True),
+            )  # fmt: skip
+    return blocks, sums, weight_grad
 
 
 def scatter(
-    blocks: Tensor | None,
+    blocks: Sequence[Tensor] | None,
     index: Tensor | None,
     offsets: Tensor,
     max_len: int,
     *,
     seq: int,
     dtype: torch.dtype,
-    rows: Tensor | None = None,
+    rows: Sequence[Tensor] | None = None,
     weight: Tensor | None = None,
     first_row: int = 0,
-) -> Tensor:
-    """Tokens out of blocks, plus a row for each block: contiguous [B, S, H, D] in `dtype`.
+) -> list[Tensor]:
+    """Tokens out of blocks, plus a row for each block: contiguous tensors [B, S, H, D] in `dtype`, at most three.
 
     Shapes: blocks [B, S, H, D] in block order, any strides (None: 0), S = seq; index, offsets and max_len as for
     `gather`; rows fp32 [B, n, H, D], those of the blocks from `first_row` on, of which blocks or rows must be given.
     With weight [B, S, H, D], in the order of the result, rows * weight is added; without it rows / length of the block
     (the gradient of a mean).
     """
-    first = blocks if blocks is not None else rows
-    assert first is not None
+    blocks, rows = ([_unit(x) for x in xs] if xs else None for xs in (blocks, rows))
+    given = blocks or rows
+    assert given
+    if not all(_alike(xs) for xs in (blocks, rows) if xs):
+        return [
+            scatter(
+                [blocks[at]] if blocks else None, index, offsets, max_len,
+                seq=seq, dtype=dtype, rows=[rows[at]] if rows else None, weight=weight, first_row=first_row,
+            )[0]
+            for at in range(len(given))
+        ]  # fmt: skip
+    first = given[0]
     batch, _, heads, dim = first.shape
-    x = torch.empty(batch, seq, heads, dim, dtype=dtype, device=first.device)
-    blocks, rows, weight = (None if t is None else _unit(t) for t in (blocks, rows, weight))
-    if x.numel():
-        unused = x
-        with torch.cuda.device_of(x):
-            _scatter_kernel[((offsets.numel() - 1) * heads, batch)](
-                unused if blocks is None else blocks, x, unused if rows is None else rows,
-                unused if weight is None else weight, offsets if index is None else index, offsets,
-                (unused if blocks is None else blocks).stride(), (unused if rows is None else rows).stride(),
-                (unused if weight is None else weight).stride(),
-                heads, seq, first_row, 0 if rows is None else rows.shape[1],
+    found = [torch.empty((batch, seq, heads, dim), dtype=dtype, device=first.device) for _ in given]
+    weight = None if weight is None else _unit(weight)
+    if found[0].numel():
+        with torch.cuda.device_of(first):
+            _scatter_kernel[((offsets.shape[0] - 1) * heads, batch, len(found))](
+                *_three(blocks or found), *_three(found), *_three(rows or found), first if weight is None else weight,
+                offsets if index is None else index, offsets,
+                blocks[0].stride() if blocks else _NO_STRIDES, rows[0].stride() if rows else _NO_STRIDES,
+                _NO_STRIDES if weight is None else weight.stride(),
+                heads, seq, first_row, rows[0].shape[1] if rows else 0,
                 **_options(
-                    dim, max_len, READ=blocks is not None, ROWS=rows is not None, WEIGHTED=weight is not None,
+                    dim, max_len, READ=bool(blocks), ROWS=bool(rows), WEIGHTED=weight is not None,
                     PERMUTED=index is not None,
                 ),
             )  # fmt: skip
-    return x
+    return found

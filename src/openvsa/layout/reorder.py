@@ -1,6 +1,6 @@
-"""Reordering tokens by blocks, as torch.library sees it: custom ops over the kernels, with fakes and autograd.
+"""Reordering tokens by blocks, as torch.library sees it: operators over the kernels, with fakes and autograd.
 
-For tensors that `has_kernels` accepts. A custom op cannot return None: what was not asked for has no elements.
+For tensors that `has_kernels` accepts. An operator cannot return None: what was not asked for has no elements.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openvsa.torch_op import torch_op
 
-__all__ = ["from_blocks", "to_blocks"]
+__all__ = ["all_to_blocks", "from_blocks", "to_blocks"]
 
 
 def _to_blocks(
@@ -24,17 +24,19 @@ def _to_blocks(
     """
     from openvsa.layout import kernels
 
-    blocks, means, _ = kernels.gather(x, index, offsets, max_len, write=write, mean=mean)
-    empty = x.new_empty(0)
-    return empty if blocks is None else blocks, empty.float() if means is None else means
+    blocks, means = kernels.gather([x], index, offsets, max_len, write=write, mean=mean)
+    return blocks[0] if write else x.new_empty(0), means[0] if mean else x.new_empty(0, dtype=torch.float32)
 
 
 def _fake_to_blocks(
     x: Tensor, index: Tensor | None, offsets: Tensor, max_len: int, write: bool, mean: bool
 ) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if write else (0,)), _fake_means(x, offsets, mean)
+
+
+def _fake_means(x: Tensor, offsets: Tensor, mean: bool) -> Tensor:
     batch, _, heads, dim = x.shape
-    means = (batch, heads, offsets.shape[0] - 1, dim) if mean else (0,)
-    return x.new_empty(x.shape if write else (0,)), x.new_empty(means, dtype=torch.float32)
+    return x.new_empty((batch, heads, offsets.shape[0] - 1, dim) if mean else (0,), dtype=torch.float32)
 
 
 def _to_blocks_gradient(
@@ -48,8 +50,9 @@ def _to_blocks_gradient(
 ) -> Tensor:
     from openvsa.layout import kernels
 
-    rows = None if grad_means is None else grad_means.transpose(1, 2)
-    return kernels.scatter(grad_blocks, index, offsets, max_len, seq=seq, dtype=dtype, rows=rows)
+    blocks = None if grad_blocks is None else [grad_blocks]
+    rows = None if grad_means is None else [grad_means.transpose(1, 2)]
+    return kernels.scatter(blocks, index, offsets, max_len, seq=seq, dtype=dtype, rows=rows)[0]
 
 
 def _fake_to_blocks_gradient(
@@ -93,6 +96,81 @@ def _differentiate_to(ctx: Any, grad_blocks: Tensor | None, grad_means: Tensor |
 to_blocks = torch_op("to_blocks", _to_blocks, _fake_to_blocks, save=_save_to, differentiate=_differentiate_to)
 
 
+def _all_to_blocks(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, offsets: Tensor, max_len: int, mean: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`to_blocks` of q [B, S, H, D], k and v [B, S, Hkv, D], whose blocks are the same: the three in block order, then
+    their means (if `mean`). In one launch where they have one shape."""
+    from openvsa.layout import kernels
+
+    blocks, means = kernels.gather([q, k, v], index, offsets, max_len, write=True, mean=mean)
+    means = means or [q.new_empty(0, dtype=torch.float32) for _ in range(3)]
+    return blocks[0], blocks[1], blocks[2], means[0], means[1], means[2]
+
+
+def _fake_all_to_blocks(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, offsets: Tensor, max_len: int, mean: bool
+) -> tuple[Tensor, ...]:
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *(_fake_means(x, offsets, mean) for x in (q, k, v))
+
+
+def _all_to_blocks_gradient(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_q_means: Tensor | None,
+    grad_k_means: Tensor | None,
+    grad_v_means: Tensor | None,
+    index: Tensor,
+    offsets: Tensor,
+    max_len: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from openvsa.layout import kernels
+
+    blocks, means = [grad_q, grad_k, grad_v], [grad_q_means, grad_k_means, grad_v_means]
+    groups = [slice(0, 3)] if len({x is None for x in means}) == 1 else [slice(at, at + 1) for at in range(3)]
+    found = []
+    for group in groups:
+        rows = [x.transpose(1, 2) for x in means[group] if x is not None]
+        found += kernels.scatter(
+            blocks[group], index, offsets, max_len, seq=grad_q.shape[1], dtype=grad_q.dtype, rows=rows
+        )
+    return found[0], found[1], found[2]
+
+
+def _fake_all_to_blocks_gradient(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape), grad_v.new_empty(grad_v.shape)
+
+
+_all_to_blocks_backward = torch_op("all_to_blocks_backward", _all_to_blocks_gradient, _fake_all_to_blocks_gradient)
+
+
+def _save_all_to(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, index, offsets, max_len, mean = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(index, offsets)
+    ctx.settings = max_len, mean
+    ctx.like = [(x.shape, x.dtype, x.device) for x in tensors]
+
+
+def _differentiate_all_to(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    index, offsets = ctx.saved_tensors
+    max_len, mean = ctx.settings
+    blocks = [
+        torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+        for grad, (shape, dtype, device) in zip(grads, ctx.like, strict=False)
+    ]
+    means = grads[3:] if mean else (None, None, None)
+    return *_all_to_blocks_backward(*blocks, *means, index, offsets, max_len), *(None,) * 4
+
+
+all_to_blocks = torch_op(
+    "all_to_blocks", _all_to_blocks, _fake_all_to_blocks, save=_save_all_to, differentiate=_differentiate_all_to
+)
+
+
 def _from_blocks(
     blocks: Tensor,
     rows: Tensor | None,
@@ -110,9 +188,9 @@ def _from_blocks(
     from openvsa.layout import kernels
 
     return kernels.scatter(
-        blocks, index, offsets, max_len,
-        seq=blocks.shape[1], dtype=blocks.dtype, rows=rows, weight=weight, first_row=first_row,
-    )  # fmt: skip
+        [blocks], index, offsets, max_len, seq=blocks.shape[1], dtype=blocks.dtype,
+        rows=None if rows is None else [rows], weight=weight, first_row=first_row,
+    )[0]  # fmt: skip
 
 
 def _fake_from_blocks(blocks: Tensor, *_: Any) -> Tensor:
@@ -125,11 +203,7 @@ def _from_blocks_gradient(
     """Gradients of blocks, of rows as [B, H, n, D], and of weight."""
     from openvsa.layout import kernels
 
-    found = kernels.gather(grad, index, offsets, max_len, weight=weight, rows=rows, first_row=first_row)
-    assert found[0] is not None
-    assert found[1] is not None
-    assert found[2] is not None
-    return found[0], found[1], found[2]
+    return kernels.gather_weighted(grad, index, offsets, max_len, weight, rows, first_row)
 
 
 def _fake_from_blocks_gradient(grad: Tensor, rows: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

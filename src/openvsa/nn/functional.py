@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from openvsa.config import Budget
 from openvsa.errors import ShapeError
-from openvsa.layout import BlockOffsets, TileLayout
+from openvsa.layout import TileLayout
 from openvsa.ops import block_sparse_attention
-from openvsa.ops.attention import check_qkv
+from openvsa.ops.attention import attend, check_qkv
 from openvsa.plan.rank import row_chunks
-from openvsa.select import PooledTopK, Selector, permute_pool, pooled_scores, unpermute_add
+from openvsa.select import PooledTopK, Selector, permute_pool_all, pooled_scores, unpermute_add
 from openvsa.select.pooled import product
 
 __all__ = ["compressed_attention", "video_sparse_attention"]
@@ -72,40 +72,26 @@ def video_sparse_attention(
     ours = type(selector) is PooledTopK
     # Means come with the permutation, in one pass, where something needs them.
     branch = branch_weight is not None
-    q, q_pooled = _in_blocks(q, layout, layout.q_blocks, layout.q_tile_blocks, pool=ours or branch)
-    k, k_pooled = _in_blocks(k, layout, layout.blocks, layout.tile_blocks, pool=ours or branch)
-    v, v_pooled = _in_blocks(v, layout, layout.blocks, layout.tile_blocks, pool=branch)
+    (q, k, v), pooled = permute_pool_all(q, k, v, layout, pool=ours or branch)
+    if pooled is not None:
+        tiles = layout.tile_blocks
+        q_pooled, k_pooled, v_pooled = pooled
+        pooled = q_pooled[:, layout.q_tile_blocks], k_pooled[:, tiles], v_pooled[:, tiles]
     scores = None
     if ours:
-        assert q_pooled is not None
-        assert k_pooled is not None
+        assert pooled is not None
         # Both branches start from the same scores; kept only where all of them may exist at a time.
-        if branch and same_scale and len(_chunks(q_pooled, k_pooled)) == 1:
-            scores = pooled_scores(q_pooled, k_pooled, scale)
-        plan = selector.plan(q_pooled, k_pooled, layout, budget, scores)
+        if branch and same_scale and len(_chunks(*pooled[:2])) == 1:
+            scores = pooled_scores(*pooled[:2], scale)
+        plan = selector.plan(*pooled[:2], layout, budget, scores)
+        out = attend(q, k, v, plan, scale, backend)
     else:
-        plan = selector(q, k, layout, budget)
-    out = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
+        out = block_sparse_attention(q, k, v, selector(q, k, layout, budget), scale=scale, backend=backend)
     if branch_weight is None:
         return layout.unpermute(out)
-    assert q_pooled is not None
-    assert k_pooled is not None
-    assert v_pooled is not None
-    if scores is None:
-        compressed = compressed_attention(q_pooled, k_pooled, v_pooled, scale)
-    else:
-        compressed = _average(scores, v_pooled)
+    assert pooled is not None
+    compressed = compressed_attention(*pooled, scale) if scores is None else _average(scores, pooled[2])
     return unpermute_add(out, layout, branch_weight, compressed)
-
-
-def _in_blocks(
-    x: Tensor, layout: TileLayout, blocks: BlockOffsets, tiles: slice, *, pool: bool
-) -> tuple[Tensor, Tensor | None]:
-    """x in block order and, if asked for, the means of those `blocks` that are `tiles`, [B, tiles, H, D]."""
-    if not pool:
-        return layout.permute(x), None
-    moved, means = permute_pool(x, layout, blocks)
-    return moved, means[:, tiles]
 
 
 def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, scale: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from openvsa.select.base import Selector
 from openvsa.select.by_head import select_by_head
-from openvsa.select.pool import permute_pool, pool_mean, spread, unpermute_add
+from openvsa.select.pool import permute_pool, permute_pool_all, pool_mean, spread, unpermute_add
 from openvsa.select.pooled import PooledTopK, pooled_scores
 from openvsa.select.released import ReleasedVSA
 from openvsa.select.table import BudgetTable
@@ -13,6 +13,7 @@ __all__ = [
     "ReleasedVSA",
     "Selector",
     "permute_pool",
+    "permute_pool_all",
     "pool_mean",
     "pooled_scores",
     "select_by_head",

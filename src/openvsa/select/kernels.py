@@ -83,7 +83,7 @@ def block_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
     if scores.numel():
         options: dict[str, Any] = {"GROUP": heads // k.shape[2], "HEAD_DIM": dim, "BLOCK": 64, "BLOCK_D": 32}
         options |= {"num_warps": 4, "num_stages": 2}
-        grid = (triton.cdiv(num_q, 64) * triton.cdiv(num_kv, 64), batch * heads)
+        grid = (-(-num_q // 64) * -(-num_kv // 64), batch * heads)
         with torch.cuda.device_of(q):
             _scores_kernel[grid](
                 q, k, scores, q.stride(), k.stride(), heads, num_q, num_kv, scale, **options,

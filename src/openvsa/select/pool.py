@@ -10,9 +10,9 @@ from torch import Tensor
 from openvsa.errors import ShapeError
 from openvsa.layout import BlockOffsets, TileLayout
 from openvsa.layout.device import has_kernels
-from openvsa.layout.reorder import from_blocks, to_blocks
+from openvsa.layout.reorder import all_to_blocks, from_blocks, to_blocks
 
-__all__ = ["permute_pool", "pool_mean", "spread", "unpermute_add"]
+__all__ = ["permute_pool", "permute_pool_all", "pool_mean", "spread", "unpermute_add"]
 
 
 def permute_pool(x: Tensor, layout: TileLayout, blocks: BlockOffsets) -> tuple[Tensor, Tensor]:
@@ -29,6 +29,33 @@ def permute_pool(x: Tensor, layout: TileLayout, blocks: BlockOffsets) -> tuple[T
     layout.check("x", x.shape[1])
     moved, means = to_blocks(x, layout.index_on(x.device), blocks.on(x.device), blocks.max_len, True, True)
     return moved, means.transpose(1, 2)
+
+
+def permute_pool_all(
+    q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, *, pool: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
+    """q [B, S, H, D], k and v [B, S, Hkv, D] in block order and, if asked for, the means of their blocks: as
+    `permute_pool` for each, q over the query blocks. Together they are one launch and one node for autograd.
+
+    Raises:
+        ShapeError: they do not have the S of the layout.
+    """
+    if layout.q_blocks is layout.blocks and has_kernels(q, k, v):
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            layout.check(name, x.shape[1])
+        blocks = layout.blocks
+        q, k, v, *means = all_to_blocks(q, k, v, layout.index_on(q.device), blocks.on(q.device), blocks.max_len, pool)
+        return (q, k, v), (
+            means[0].transpose(1, 2),
+            means[1].transpose(1, 2),
+            means[2].transpose(1, 2),
+        ) if pool else None
+    if not pool:
+        return (layout.permute(q), layout.permute(k), layout.permute(v)), None
+    q, q_means = permute_pool(q, layout, layout.q_blocks)
+    k, k_means = permute_pool(k, layout, layout.blocks)
+    v, v_means = permute_pool(v, layout, layout.blocks)
+    return (q, k, v), (q_means, k_means, v_means)
 
 
 def unpermute_add(x: Tensor, layout: TileLayout, weight: Tensor, rows: Tensor) -> Tensor:
