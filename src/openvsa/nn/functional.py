@@ -73,7 +73,7 @@ def video_sparse_attention(
     # Means come with the permutation, in one pass, where something needs them.
     branch = branch_weight is not None
     (q, k, v), pooled = permute_pool_all(q, k, v, layout, pool=ours or branch)
-    if pooled is not None:
+    if pooled is not None and (layout.prefix or layout.suffix):
         tiles = layout.tile_blocks
         q_pooled, k_pooled, v_pooled = pooled
         pooled = q_pooled[:, layout.q_tile_blocks], k_pooled[:, tiles], v_pooled[:, tiles]
@@ -127,5 +127,7 @@ def _average(scores: Tensor, v_pooled: Tensor) -> Tensor:
     """[B, NQ, H, Dv]: the softmax of scores [B, H, NQ, NK] over v_pooled [B, NK, Hkv, Dv]."""
     batch, heads, num_q, _ = scores.shape
     p = scores.softmax(-1)
+    if heads == v_pooled.shape[2]:
+        return product(p, v_pooled.transpose(1, 2)).transpose(1, 2)
     p = p.unflatten(1, (v_pooled.shape[2], -1)).flatten(2, 3)
     return product(p, v_pooled.transpose(1, 2)).reshape(batch, heads, num_q, -1).transpose(1, 2)

@@ -20,7 +20,7 @@ MAX_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 
 @triton.jit(do_not_specialize=["num_q", "num_kv", "width", "keep_first", "first_row"])
 def _top_kernel(
-    scores, forced, indices, num_q, num_kv, width, keep_first, first_row,
+    scores, forced, counts, indices, num_q, num_kv, width, keep_first, first_row,
     FORCED: tl.constexpr, KEEP_SELF: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -59,11 +59,12 @@ def _top_kernel(
     above = (key > threshold).to(tl.int32)
     equal = (key == threshold).to(tl.int32)
     wanted = width - tl.sum(above, 0)
-    counts = tl.cumsum(above + (equal << 16), 0)
-    equal_so_far = counts >> 16
+    so_far = tl.cumsum(above + (equal << 16), 0)
+    equal_so_far = so_far >> 16
     kept = (above | (equal & (equal_so_far <= wanted).to(tl.int32))) != 0
-    place = (counts & 0xFFFF) + tl.minimum(equal_so_far, wanted) - 1
+    place = (so_far & 0xFFFF) + tl.minimum(equal_so_far, wanted) - 1
     tl.store(indices + row * width + place, column, mask=kept)
+    tl.store(counts + row, width)
 
 
 @triton.jit(do_not_specialize=["num_q", "num_kv", "width", "words"])
@@ -117,25 +118,27 @@ def _power_of_2(n: int) -> int:
 
 def top_blocks(
     scores: Tensor, forced: Tensor | None, width: int, keep_first: int, keep_self: bool, first_row: int
-) -> Tensor:
-    """int32 [..., NQ, width], ascending: see `openvsa.plan.rank`. scores [..., NQ, NK], forced bool of the same shape.
+) -> tuple[Tensor, Tensor]:
+    """int32 [..., NQ], `width` everywhere, and int32 [..., NQ, width], ascending: see `openvsa.plan.rank`.
 
-    One program a row, which it holds in registers: NK <= 16384. Row i has its own block at column first_row + i.
+    scores [..., NQ, NK], forced bool of the same shape. One program a row, which it holds in registers: NK <= 16384.
+    Row i has its own block at column first_row + i.
     """
     num_q, num_kv = scores.shape[-2:]
     scores = scores.contiguous()
-    indices = torch.empty(*scores.shape[:-1], width, dtype=torch.int32, device=scores.device)
-    rows = indices.numel() // max(width, 1)
+    counts = torch.empty(scores.shape[:-1], dtype=torch.int32, device=scores.device)
+    indices = torch.empty((*scores.shape[:-1], width), dtype=torch.int32, device=scores.device)
+    rows = counts.numel()
     if rows:
         block_n = _power_of_2(num_kv)
         options: dict[str, Any] = {"FORCED": forced is not None, "KEEP_SELF": keep_self, "BLOCK_N": block_n}
         options["num_warps"] = min(max(block_n // 1024, 1), 8)
         with torch.cuda.device_of(scores):
             _top_kernel[(rows,)](
-                scores, scores if forced is None else forced.contiguous().view(torch.uint8), indices,
+                scores, scores if forced is None else forced.contiguous().view(torch.uint8), counts, indices,
                 num_q, num_kv, width, keep_first, first_row, **options,
             )  # fmt: skip
-    return indices
+    return counts, indices
 
 
 def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:

@@ -90,10 +90,9 @@ def _rank(scores: Tensor, budget: Budget, forced: Tensor | None, first_row: int)
     num_q, num_kv = scores.shape[-2:]
     width = budget.blocks(num_kv)
     scores = scores.detach().float()
-    counts = torch.full(scores.shape[:-1], width, dtype=torch.int32, device=scores.device)
     if budget.top_p in (None, 1) and kernels_on(scores.device) and num_kv <= MAX_KERNEL_BLOCKS:
         forced = None if forced is None else forced.expand(scores.shape)
-        return counts, _top_blocks(scores, forced, width, budget.keep_first, budget.keep_self, first_row)
+        return _top_blocks(scores, forced, width, budget.keep_first, budget.keep_self, first_row)
 
     scores = scores.nan_to_num(nan=float("-inf"))
     column = torch.arange(num_kv, device=scores.device)
@@ -107,6 +106,7 @@ def _rank(scores: Tensor, budget: Budget, forced: Tensor | None, first_row: int)
     keys = _ordered_keys(scores if forced is None else scores.masked_fill(forced, float("inf")), column)
     best = keys.topk(width, dim=-1).indices
     if budget.top_p in (None, 1):
+        counts = torch.full(scores.shape[:-1], width, dtype=torch.int32, device=scores.device)
         return counts, best.sort(dim=-1).values.int()
 
     mass = scores.softmax(-1).nan_to_num(0.0).gather(-1, best)
@@ -122,14 +122,15 @@ def _rank(scores: Tensor, budget: Budget, forced: Tensor | None, first_row: int)
 
 def _top_blocks_kernel(
     scores: Tensor, forced: Tensor | None, width: int, keep_first: int, keep_self: bool, first_row: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     from openvsa.plan import kernels
 
     return kernels.top_blocks(scores, forced, width, keep_first, keep_self, first_row)
 
 
-def _fake_top_blocks(scores: Tensor, forced: Tensor | None, width: int, *_: object) -> Tensor:
-    return scores.new_empty((*scores.shape[:-1], width), dtype=torch.int32)
+def _fake_top_blocks(scores: Tensor, forced: Tensor | None, width: int, *_: object) -> tuple[Tensor, Tensor]:
+    rows = scores.shape[:-1]
+    return scores.new_empty(rows, dtype=torch.int32), scores.new_empty((*rows, width), dtype=torch.int32)
 
 
 _top_blocks = torch_op("top_blocks", _top_blocks_kernel, _fake_top_blocks)

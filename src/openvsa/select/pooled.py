@@ -41,7 +41,12 @@ def by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product in the dtype of its operands also under autocast, and so is its gradient. a and b have the
     same leading dimensions."""
-    return _Product.apply(a, b)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _Product.apply(a, b)
+    if not torch.is_autocast_enabled(a.device.type):
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 class _Product(torch.autograd.Function):
