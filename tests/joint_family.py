@@ -171,6 +171,24 @@ class JointFamilyTests:
         with observe(model):
             assert torch.equal(run(model, inputs), dense)
 
+    def test_observing_shows_the_valid_tokens_of_every_call(self) -> None:
+        """Also where padded text is masked: an audit looks at dense attention."""
+        model, inputs, events = self.model(), self.inputs(self.large(), self.texts), list[AttentionEvent]()
+        with observe(model) as handle:
+            handle.on_attention(events.append)
+            run(model, inputs)
+            report = handle.report()
+        assert {layer.sparse_calls for layer in report.layers} == {0}
+        calls = [(event.name, event.layout.suffix + event.layout.prefix) for event in events]
+        assert [name for name in dict.fromkeys(name for name, _ in calls)] == list(self.layers)
+        for name in self.layers:
+            lengths = {length for layer, length in calls if layer == name}
+            assert len(lengths) == len(set(self.texts))
+            assert max(lengths) - min(lengths) == max(self.texts) - min(self.texts)
+        for event in events:
+            assert event.plan is None
+            assert {x.shape[1] for x in (event.q, event.k, event.v)} == {event.layout.num_tokens}
+
     def test_blocks_compile(self) -> None:
         model, inputs = self.model(), self.inputs(self.grids[0])
         with openvsa.sparsify(model, density=0.3):

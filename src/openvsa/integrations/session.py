@@ -186,7 +186,8 @@ class Session:
             tally = self._tally(processor, parts[0].layout)
             tally.count_dense(processor.why_dense)
             tally.time(clock)
-            if self.callbacks and (attn_mask is None or forward.sequence.text_lengths is not None):
+            # Under any other mask than that of padded text the tokens of an event would not tell what was attended.
+            if self.callbacks and not self._why_not(forward, query, attn_mask, dropout_p, is_causal):
                 seconds = clock.seconds() / len(parts)
                 for one in parts:
                     mine = [one.samples(x) for x in (q, k, v)]
