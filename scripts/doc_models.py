@@ -30,7 +30,14 @@ TARGET_DENSITY = 0.1
 FAMILIES = {
     "wan": ("wan-1.3b-480p", "wan-1.3b-720p", "wan-14b-720p"),
     "hunyuan_video": ("hunyuan-720p",),
+    "hunyuan_video15": ("hunyuan15-720p",),
     "ltx": ("ltx",),
+    "ltx2": ("ltx2-1080p",),
+    "cogvideox": ("cogvideox-480p",),
+    "mochi": ("mochi-480p",),
+    "cosmos": ("cosmos-720p",),
+    "kandinsky5": ("kandinsky5-512p",),
+    "flux": ("flux-2048",),
 }
 MODES = ("eager", "compiled")
 
@@ -52,7 +59,7 @@ class MeasuredModel:
     @property
     def part(self) -> str:
         """What of the model was run, where it was not all of it."""
-        return f"{self.case['layers']} layers of {self.case['whole']}" if self.case["whole"] else ""
+        return f"{self.case['layers']} of {self.case['whole']} layers" if self.case["whole"] else ""
 
     def dense(self, mode: str) -> Row | None:
         rows = [row for row in self.case["rows"] if row["mode"] == mode and row["density"] is None]

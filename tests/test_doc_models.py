@@ -41,7 +41,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file, made in {
         "models-old.json": record("2026-01-01", "wan-1.3b-480p", 400.0),
         "models-new.json": record("2026-02-01", "wan-1.3b-480p", 250.0),
-        "models-part.json": record("2026-01-15", "wan-14b-720p", 200.0, "40 blocks"),
+        "models-part.json": record("2026-01-15", "wan-14b-720p", 200.0, "40"),
     }.items():
         (tmp_path / file).write_text(json.dumps(made))
 
@@ -54,7 +54,7 @@ def test_the_newest_file_counts() -> None:
     assert "| `wan-1.3b-480p` | 30 × attention | 300 (cudnn) | 120 (2.50×) |  |  |  |" in page
     assert "| `wan-1.3b-480p` | 5.0e-03 (flash) | 4.0e-03 |" in page
     assert "| `wan-1.3b-480p` | eager | density 0.25 | 100 | 50 |" in page
-    assert "30 layers of 40 blocks" in page
+    assert "30 of 40 layers" in page
     assert "models-old.json" not in page
 
 
@@ -62,7 +62,7 @@ def test_the_newest_file_counts() -> None:
 def test_a_family_has_its_own_models() -> None:
     text = doc_models.family("wan")
     assert "on an GPU" not in text
-    assert "`wan-14b-720p` is 30 layers of 40 blocks" in text
+    assert "`wan-14b-720p` is 30 of 40 layers" in text
     assert doc_models.family("ltx").startswith("Not measured yet")
 
 

@@ -120,7 +120,9 @@ def test_a_wrong_command_is_noticed(command: str) -> None:
     assert complaint(shlex.split(command)) is not None
 
 
-@pytest.mark.parametrize("script", ["doc_tables.py", "doc_figures.py", "doc_performance.py", "doc_models.py", "doc_audit.py"])
+@pytest.mark.parametrize(
+    "script", ["doc_tables.py", "doc_figures.py", "doc_performance.py", "doc_models.py", "doc_audit.py"]
+)
 def test_generated_parts_are_fresh(script: str) -> None:
     run = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True, check=False

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from openvsa.bench import model_inputs as call
+from openvsa.bench.model_inputs import Inputs, Make
 from openvsa.errors import OpenVSAError, require
 
 __all__ = ["MODELS", "ModelCase", "find_models"]
-
-Inputs = dict[str, Any]
-Make = Callable[[tuple[int, int, int], Mapping[str, Any], Callable[..., Tensor]], Inputs]
 
 # A lattice so small that a forward over it takes the device no time to speak of: what is left is the host's.
 SMALL_GRID = (2, 6, 8)
@@ -27,8 +26,8 @@ class ModelCase:
     Args:
         transformer: the name of its class.
         config: what differs from the defaults of the class, which are a released model's.
-        whole: blocks of the released model where `config` has fewer, for a note in the results.
-        grid: tokens of the lattice along (T, H, W).
+        whole: self-attention layers of the released model, where `config` has fewer.
+        grid: tokens of the lattice along (T, H, W), or (H, W) for images.
         inputs: makes the arguments of the forward from a lattice, the config and a maker of random tensors.
         note: what this is.
         target: how many times as fast as dense a step at density 0.1 should be, None if nothing was promised.
@@ -36,7 +35,7 @@ class ModelCase:
 
     name: str
     transformer: str
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     inputs: Make
     note: str
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -49,7 +48,7 @@ class ModelCase:
         return torch.bfloat16 if self.device_type == "cuda" else torch.float32
 
     def build(self, device: torch.device) -> Any:
-        """The transformer with random weights, made on the device. What `from_pretrained` would keep in fp32 is."""
+        """The transformer with random weights, made on the device. What `from_pretrained` keeps in fp32 is in fp32."""
         diffusers = require("diffusers", extra="diffusers")
         kind = getattr(diffusers, self.transformer)
         before = torch.get_default_dtype()
@@ -64,9 +63,12 @@ class ModelCase:
         for name, parameter in model.named_parameters():
             if precise & set(name.split(".")):
                 parameter.data = parameter.data.float()
+            if parameter.dim() > 1 and not parameter.any():
+                # Modulations that begin at zero switch their blocks off.
+                torch.nn.init.normal_(parameter.data, std=0.02)
         return model.eval().requires_grad_(False)
 
-    def arguments(self, model: Any, device: torch.device, grid: tuple[int, int, int] | None = None) -> Inputs:
+    def arguments(self, model: Any, device: torch.device, grid: tuple[int, ...] | None = None) -> Inputs:
         """What the forward is called with, over the lattice of the case or another one."""
         generator = torch.Generator(device).manual_seed(1)
 
@@ -74,7 +76,7 @@ class ModelCase:
             return torch.randn(shape, generator=generator, device=device).to(self.dtype)
 
         made = self.inputs(grid or self.grid, model.config, noise)
-        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in made.items()}
+        return {name: _to(x, device) for name, x in made.items()}
 
     def describe(self, model: Any) -> dict[str, Any]:
         """The numbers of the case, for a result file."""
@@ -86,42 +88,16 @@ class ModelCase:
         }  # fmt: skip
 
 
-def _wan(grid: tuple[int, int, int], config: Any, noise: Callable[..., Tensor]) -> Inputs:
-    sides = [n * p for n, p in zip(grid, config["patch_size"], strict=True)]
-    return {
-        "hidden_states": noise(1, config["in_channels"], *sides),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": noise(1, 512, config["text_dim"]),
-    }
-
-
-def _hunyuan_video(grid: tuple[int, int, int], config: Any, noise: Callable[..., Tensor]) -> Inputs:
-    p = config["patch_size"]
-    return {
-        "hidden_states": noise(1, config["in_channels"], grid[0] * config["patch_size_t"], grid[1] * p, grid[2] * p),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": noise(1, 256, config["text_embed_dim"]),
-        "encoder_attention_mask": torch.ones(1, 256, dtype=torch.long),
-        "pooled_projections": noise(1, config["pooled_projection_dim"]),
-        "guidance": noise(1).abs() * 6000,
-    }
-
-
-def _ltx(grid: tuple[int, int, int], config: Any, noise: Callable[..., Tensor]) -> Inputs:
-    return {
-        "hidden_states": noise(1, grid[0] * grid[1] * grid[2], config["in_channels"]),
-        "encoder_hidden_states": noise(1, 128, config["caption_channels"]),
-        "timestep": torch.tensor([500]),
-        "encoder_attention_mask": torch.ones(1, 128, dtype=torch.long),
-        "num_frames": grid[0],
-        "height": grid[1],
-        "width": grid[2],
-    }
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_to(x, device) for x in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 # Configurations: `transformer/config.json` of the repositories Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers,
-# hunyuanvideo-community/HunyuanVideo and Lightricks/LTX-Video on the Hugging Face hub. The classes of Wan, HunyuanVideo
-# and LTX-Video have those of the 14B, the 13B and the 2B model as their defaults.
+# hunyuanvideo-community/HunyuanVideo, Lightricks/LTX-Video and THUDM/CogVideoX-5b on the Hugging Face hub. The classes
+# have the configuration of the 14B Wan, and of HunyuanVideo 1.0 and 1.5, LTX-Video and LTX-2, Mochi and FLUX.1 as their
+# defaults; of Cosmos and Kandinsky 5 the defaults of the classes are taken, whatever was released.
 _WAN_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _TINY_WAN = {
     "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 16,
@@ -129,18 +105,33 @@ _TINY_WAN = {
 }  # fmt: skip
 
 _ALL = (
-    ModelCase("wan-1.3b-480p", "WanTransformer3DModel", (21, 30, 52), _wan,
+    ModelCase("wan-1.3b-480p", "WanTransformer3DModel", (21, 30, 52), call.wan,
               "Wan 2.1 1.3B, 480 x 832, 81 frames", _WAN_SMALL, target=1.6),
-    ModelCase("wan-1.3b-720p", "WanTransformer3DModel", (21, 45, 80), _wan,
+    ModelCase("wan-1.3b-720p", "WanTransformer3DModel", (21, 45, 80), call.wan,
               "Wan 2.1 1.3B, 720 x 1280, 81 frames", _WAN_SMALL, target=2.2),
-    ModelCase("wan-14b-720p", "WanTransformer3DModel", (21, 45, 80), _wan,
-              "Wan 2.1 14B, 720 x 1280, 81 frames", {"num_layers": 4}, "40 blocks", target=2.2),
-    ModelCase("hunyuan-720p", "HunyuanVideoTransformer3DModel", (33, 45, 80), _hunyuan_video,
-              "HunyuanVideo 13B, 720 x 1280, 129 frames, 256 text tokens, all valid",
-              {"num_layers": 2, "num_single_layers": 4, "num_refiner_layers": 1}, "20 + 40 blocks", target=2.2),
-    ModelCase("ltx", "LTXVideoTransformer3DModel", (21, 16, 22), _ltx,
-              "LTX-Video 2B, 512 x 704, 161 frames"),
-    ModelCase("tiny-wan", "WanTransformer3DModel", (3, 10, 12), _wan, "seconds on any machine", _TINY_WAN,
+    ModelCase("wan-14b-720p", "WanTransformer3DModel", (21, 45, 80), call.wan,
+              "Wan 2.1 14B, 720 x 1280, 81 frames", {"num_layers": 4}, "40", target=2.2),
+    ModelCase("hunyuan-720p", "HunyuanVideoTransformer3DModel", (33, 45, 80), call.hunyuan_video,
+              "HunyuanVideo 13B, 720 x 1280, 129 frames, 256 text tokens",
+              {"num_layers": 2, "num_single_layers": 4, "num_refiner_layers": 1}, "60", target=2.2),
+    ModelCase("hunyuan15-720p", "HunyuanVideo15Transformer3DModel", (31, 45, 80), call.hunyuan_video15,
+              "HunyuanVideo-1.5, 720 x 1280, 121 frames, with an image",
+              {"num_layers": 4, "num_refiner_layers": 1}, "54"),
+    ModelCase("ltx", "LTXVideoTransformer3DModel", (21, 16, 22), call.ltx, "LTX-Video 2B, 512 x 704, 161 frames"),
+    ModelCase("ltx2-1080p", "LTX2VideoTransformer3DModel", (16, 34, 60), call.ltx2,
+              "LTX-2, 1088 x 1920, 121 frames, with sound", {"num_layers": 4}, "48"),
+    ModelCase("cogvideox-480p", "CogVideoXTransformer3DModel", (13, 30, 45), call.cogvideox,
+              "CogVideoX 5B, 480 x 720, 49 frames",
+              {"num_attention_heads": 48, "num_layers": 4, "use_rotary_positional_embeddings": True}, "42"),
+    ModelCase("mochi-480p", "MochiTransformer3DModel", (28, 30, 53), call.mochi,
+              "Mochi, 480 x 848, 163 frames", {"num_layers": 4}, "48"),
+    ModelCase("cosmos-720p", "CosmosTransformer3DModel", (16, 44, 80), call.cosmos,
+              "Cosmos, 704 x 1280, 121 frames", {"num_layers": 4, "concat_padding_mask": False}, "28"),
+    ModelCase("kandinsky5-512p", "Kandinsky5Transformer3DModel", (31, 32, 48), call.kandinsky5,
+              "Kandinsky 5, 512 x 768, 121 frames", {"num_visual_blocks": 4}, "32"),
+    ModelCase("flux-2048", "FluxTransformer2DModel", (128, 128), call.flux,
+              "FLUX.1, 2048 x 2048", {"num_layers": 2, "num_single_layers": 4, "guidance_embeds": True}, "57"),
+    ModelCase("tiny-wan", "WanTransformer3DModel", (3, 10, 12), call.wan, "seconds on any machine", _TINY_WAN,
               device_type="cpu"),
 )  # fmt: skip
 MODELS = {case.name: case for case in _ALL}

@@ -108,7 +108,9 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
             stage("host")
             _measure_host(subject, result["rows"])
         _measure_steps(subject, "eager", options, result, stage)
-        if options.compiled:
+        if options.compiled and not model._repeated_blocks:
+            result["left_out"] = f"{case.transformer} names no repeated blocks, so it is not measured compiled"
+        elif options.compiled:
             model.compile_repeated_blocks(fullgraph=True, dynamic=False)
             _measure_steps(subject, "compiled", options, result, stage)
         result["clocks"]["after"] = gpu_clocks(device)
@@ -202,6 +204,7 @@ def _gate(subject: _Subject, failed: list[str]) -> dict[str, float]:
     allowed = 2 * rounding + torch.finfo(subject.case.dtype).eps
     if not dense.isfinite().all() or not dense.float().std() > 0:
         failed.append("the dense model gives no finite, varying numbers with these random weights")
+    density, change = 1.0, 0.0
     for density in (1.0, *subject.densities):
         with subject.by(density):
             out = subject.forward()
@@ -213,6 +216,8 @@ def _gate(subject: _Subject, failed: list[str]) -> dict[str, float]:
                 f"at density 1 the output differs from that of dense-{subject.dense} by {change:.2e} of its norm; two "
                 f"dense kernels differ by {rounding:.2e}, and {allowed:.2e} is allowed"
             )
+    if not change > 0:
+        failed.append(f"density {density:g} changes nothing: attention has no influence with these random weights")
     with subject.by(None):
         if not torch.equal(subject.forward(), dense):
             failed.append("after sparse steps and detach the dense output is not the same bit for bit")
@@ -226,7 +231,7 @@ def _change(out: Tensor, of: Tensor) -> float:
 
 def _measure_host(subject: _Subject, rows: list[dict[str, Any]]) -> None:
     """How long the host is busy with a step: a step over a lattice so small that it waits for nothing else."""
-    inputs = subject.case.arguments(subject.model, subject.device, SMALL_GRID)
+    inputs = subject.case.arguments(subject.model, subject.device, SMALL_GRID[-len(subject.case.grid) :])
     for name, density in subject.ways().items():
         found = []
         with subject.by(density):

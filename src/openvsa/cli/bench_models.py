@@ -75,7 +75,7 @@ def list_models(console: Console | None = None) -> None:
     console = console or make_console()
     table = Table("model", "what", "lattice", title="models (--model)", box=None, title_justify="left")
     for case in MODELS.values():
-        part = f"{case.config.get('num_layers')} of {case.whole}" if case.whole else ""
+        part = f"a few of {case.whole} layers" if case.whole else ""
         table.add_row(case.name, f"{case.device_type}: {case.note}", "x".join(map(str, case.grid)), part)
     console.print(table, highlight=False)
 
@@ -91,6 +91,8 @@ def print_model(found: dict[str, Any], console: Console) -> None:
     )
     gate = ", ".join(f"{name} {change:.1e}" for name, change in found["gate"].items())
     console.print(f"  change of the output against dense-{about['dense']}: {gate}", highlight=False)
+    if "left_out" in found:
+        console.print(f"  {found['left_out']}", highlight=False)
     for why in found["failed"]:
         console.print(f"  FAILED: {why}", markup=False, highlight=False)
     table = Table(box=None, pad_edge=False)
