@@ -180,7 +180,7 @@ class JointFamilyTests:
             report = handle.report()
         assert {layer.sparse_calls for layer in report.layers} == {0}
         calls = [(event.name, event.layout.suffix + event.layout.prefix) for event in events]
-        assert [name for name in dict.fromkeys(name for name, _ in calls)] == list(self.layers)
+        assert list(dict.fromkeys(name for name, _ in calls)) == list(self.layers)
         for name in self.layers:
             lengths = {length for layer, length in calls if layer == name}
             assert len(lengths) == len(set(self.texts))
