@@ -172,12 +172,13 @@ def performance() -> str:
 def family(name: str) -> str:
     """The lines of one family, for its page."""
     found = [one for one in newest_models() if one.case["name"] in FAMILIES[name]]
+    start = f'Settings to start from: `openvsa.SparsityConfig.preset("{name}")`, see [Presets](../presets.md).\n'
     if not found:
-        return "Not measured yet: `openvsa bench --model` does it.\n"
+        return f"Not measured yet: `openvsa bench --model {','.join(FAMILIES[name])}` does it.\n\n{start}"
     machines = " and ".join(dict.fromkeys(one.machine for one in found))
     parts = "; ".join(f"`{one.case['name']}` is {one.part}" for one in found if one.part)
     note = f"One denoising step, {machines}, random weights, batch 1{'; ' + parts if parts else ''}. "
-    return note + "How it was measured: [Performance](../performance.md#whole-models).\n\n" + steps(found)
+    return note + "How it was measured: [Performance](../performance.md#whole-models).\n\n" + steps(found) + "\n" + start
 
 
 def generation(preset: Preset, one: MeasuredModel, mode: str) -> float | None:

@@ -1,0 +1,56 @@
+"""`openvsa bench --model` as it is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from openvsa.bench import model_run
+
+
+def test_measure(openvsa_command: Callable, tmp_path: Path) -> None:
+    outcome = openvsa_command(
+        "bench", "--device", "cpu", "--model", "tiny-wan", "--density", "0.5", "--profile", "--out", tmp_path
+    )
+    assert outcome.status == 0, outcome
+    [file] = tmp_path.iterdir()
+    assert f"wrote {file}" in outcome.out
+    assert "eager, density 0.5: " in outcome.out
+    [case] = json.loads(file.read_text())["cases"]
+    assert case["passed"]
+    for row in case["rows"]:
+        assert f"{row['ms']:.3f}" in outcome.out
+
+
+def test_a_failed_gate_is_said_and_is_the_status(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = iter([1e-9, 1.0, 1.0])  # another dense kernel, density 1, density 0.5
+    monkeypatch.setattr(model_run, "_change", lambda out, of: next(changes))
+    outcome = openvsa_command("bench", "--device", "cpu", "--model", "tiny-wan", "--density", "0.5")
+    assert outcome.status == 1
+    assert "FAILED: at density 1 the output differs" in outcome.out
+
+
+def test_models_are_listed(openvsa_command: Callable) -> None:
+    outcome = openvsa_command("bench", "--list", "--device", "cpu")
+    assert outcome.status == 0
+    for name in ("wan-14b-720p", "hunyuan-720p", "tiny-wan"):
+        assert name in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "x"], "there is no model case 'x'"),
+        (["--model", "tiny-wan", "--density", "much"], "--density must be numbers"),
+        (["--model", "tiny-wan", "--density", "2"], "must be in (0, 1], got 2"),
+        (["--model", "tiny-wan", "--case", "small"], "--model takes models by name"),
+        (["--profile"], "are for whole models"),
+    ],
+)
+def test_mistakes_are_named(openvsa_command: Callable, arguments: list[str], said: str) -> None:
+    outcome = openvsa_command("bench", "--device", "cpu", *arguments)
+    assert outcome.status == 2
+    assert said in outcome.err
