@@ -178,7 +178,8 @@ def family(name: str) -> str:
     machines = " and ".join(dict.fromkeys(one.machine for one in found))
     parts = "; ".join(f"`{one.case['name']}` is {one.part}" for one in found if one.part)
     note = f"One denoising step, {machines}, random weights, batch 1{'; ' + parts if parts else ''}. "
-    return note + "How it was measured: [Performance](../performance.md#whole-models).\n\n" + steps(found) + "\n" + start
+    note += "How it was measured: [Performance](../performance.md#whole-models).\n"
+    return f"{note}\n{steps(found)}\n{start}"
 
 
 def generation(preset: Preset, one: MeasuredModel, mode: str) -> float | None:
