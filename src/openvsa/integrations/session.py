@@ -57,6 +57,11 @@ class Branch(Protocol):
         ...
 
 
+def _captures_graph() -> bool:
+    """Whether this forward becomes a CUDA graph, whose replays run none of this code."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Part:
     """Samples whose valid text has one length. `rows` are their places in the batch; None means all of it."""
@@ -115,8 +120,10 @@ class Session:
     _layouts: OrderedDict[tuple[Any, ...], TileLayout] = field(default_factory=OrderedDict)
 
     def watches(self) -> bool:
-        """Whether calls are measured or shown to anyone. Never inside torch.compile."""
-        return not torch.compiler.is_compiling() and (self.measure or bool(self.callbacks))
+        """Whether calls are measured or shown to anyone. Never inside torch.compile or the capture of a CUDA graph."""
+        if torch.compiler.is_compiling() or not (self.measure or self.callbacks):
+            return False
+        return not _captures_graph()
 
     def layout(self, sequence: Sequence, suffix: int, device: torch.device) -> TileLayout:
         """The layout of a sequence with so many of its suffix tokens."""
@@ -340,6 +347,18 @@ class Session:
             callback(event)
 
 
+def _check_alive(plan: BlockPlan) -> None:
+    """Refuse a kept plan whose memory torch.compile has taken back for the next replay of its CUDA graphs."""
+    try:
+        plan.kv_indices.data_ptr()
+    except RuntimeError as error:
+        raise UnsupportedError(
+            "the plans that reuse_steps keeps were made inside CUDA graphs of torch.compile, which overwrite them; "
+            "compile without mode='reduce-overhead', or leave reuse_steps at 1",
+            {},
+        ) from error
+
+
 class _Clock:
     """The time from its making to `stop`; on a GPU told by events, which do not wait."""
 
@@ -495,6 +514,13 @@ class Site:
                 "not have; compile the blocks instead: transformer.compile_repeated_blocks()",
                 {},
             )
+        if _captures_graph():
+            raise UnsupportedError(
+                "settings that depend on the denoising step are decided on the host in every forward, and the replays "
+                "of a CUDA graph would stay with those of the step it was captured in, and with its plans. Leave out "
+                "steps, dense_first_steps, dense_last_steps and reuse_steps, or capture no graph",
+                {},
+            )
         if timestep is None:
             raise UnsupportedError(f"{self.family.name} has no timestep, so its settings cannot depend on the step", {})
         if self.transformer.training and torch.is_grad_enabled():
@@ -515,4 +541,7 @@ class Site:
         if found is None or found.about != about or step - found.step >= serves:
             found = _Reuse(step, about, {})
             branches.keep(condition, found)
+        for kept in found.layers.values():
+            for plan in kept.plans.values():
+                _check_alive(plan)
         return found
