@@ -173,3 +173,16 @@ def test_only_self_attention_is_answered_and_masks_are_dropped() -> None:
 )
 def test_groups_of_kernels(kernel: str, group: str) -> None:
     assert group_of(kernel) == group
+
+
+def test_a_step_that_differs_from_the_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = model_run._gate
+
+    def stricter(subject: Any, failed: list[str]) -> Any:
+        found, dense = gate(subject, failed)
+        return found, dense + 1
+
+    monkeypatch.setattr(model_run, "_gate", stricter)
+    found = measure_model(TINY["wan"], CPU, QUICK, lambda text: None)
+    assert "eager, dense-flash: the output differs from dense" in found["failed"][0]
+    assert not any(row["mode"] == "eager" for row in found["rows"])

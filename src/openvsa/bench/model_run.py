@@ -101,18 +101,18 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
     stage("attention alone")
     result["layers"], result["attention"] = _measure_attention(subject, options, result["rows"])
     stage("gate")
-    result["gate"] = _gate(subject, result["failed"])
+    result["gate"], reference = _gate(subject, result["failed"])
     if not result["failed"]:
         result["clocks"] = {"before": gpu_clocks(device)}
         if device.type == "cuda":
             stage("host")
             _measure_host(subject, result["rows"])
-        _measure_steps(subject, "eager", options, result, stage)
+        _measure_steps(subject, "eager", options, result, reference, stage)
         if options.compiled and not model._repeated_blocks:
             result["left_out"] = f"{case.transformer} names no repeated blocks, so it is not measured compiled"
         elif options.compiled:
             model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-            _measure_steps(subject, "compiled", options, result, stage)
+            _measure_steps(subject, "compiled", options, result, reference, stage)
         result["clocks"]["after"] = gpu_clocks(device)
     _add_ratios(result["rows"])
     ends = [*(start for _, start in stages[1:]), time.perf_counter()]
@@ -192,9 +192,9 @@ def _measure_attention(subject: _Subject, options: ModelOptions, rows: list[dict
     return len(names), about
 
 
-def _gate(subject: _Subject, failed: list[str]) -> dict[str, float]:
+def _gate(subject: _Subject, failed: list[str]) -> tuple[dict[str, float], Tensor]:
     """Whether the model computes the same with full plans as densely, to rounding; whether sparse steps are finite
-    numbers; and whether the model is what it was afterwards, bit for bit."""
+    numbers; and whether the model is what it was afterwards, bit for bit. Returns the changes and the dense output."""
     with subject.by(None):
         dense = subject.forward()
     other = next(name for name in subject.kernels if name != subject.dense)
@@ -221,7 +221,7 @@ def _gate(subject: _Subject, failed: list[str]) -> dict[str, float]:
     with subject.by(None):
         if not torch.equal(subject.forward(), dense):
             failed.append("after sparse steps and detach the dense output is not the same bit for bit")
-    return found
+    return found, dense
 
 
 def _change(out: Tensor, of: Tensor) -> float:
@@ -246,8 +246,11 @@ def _measure_host(subject: _Subject, rows: list[dict[str, Any]]) -> None:
         rows.append(_row("host", name, density, summary(found)))
 
 
-def _measure_steps(subject: _Subject, mode: str, options: ModelOptions, result: dict[str, Any], say: Say) -> None:
-    """Times of a step in each way, interleaved, after a first one that compiles what must be and tells the memory."""
+def _measure_steps(
+    subject: _Subject, mode: str, options: ModelOptions, result: dict[str, Any], reference: Tensor, say: Say
+) -> None:
+    """Times of a step in each way, interleaved, after a first one that compiles what must be, tells the memory, and
+    must be about as far from the dense `reference` as in the gate."""
     peaks, first = {}, {}
     for name, density in subject.ways().items():
         say(f"first step, {mode}, {name}")
@@ -257,8 +260,13 @@ def _measure_steps(subject: _Subject, mode: str, options: ModelOptions, result: 
             _settle(subject.device)
             first[name] = time.perf_counter() - begin
             peaks[name] = _peak(subject)
-        if not out.isfinite().all():
-            result["failed"].append(f"{mode}, {name}: the output has numbers that are not finite")
+        change, gate = _change(out, reference), result["gate"]
+        rounding = next(share for kernel, share in gate.items() if kernel.startswith("dense-"))
+        allowed = 2 * (rounding + gate.get(name, 0.0)) + torch.finfo(subject.case.dtype).eps
+        if not change <= allowed:  # also if it is no number
+            result["failed"].append(
+                f"{mode}, {name}: the output differs from dense by {change:.2e} of its norm; {allowed:.2e} is allowed"
+            )
             return
         del out
     say(f"timing, {mode}")
