@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+import openvsa
 from openvsa.config import Budget
 from openvsa.errors import OpenVSAError
 
@@ -169,5 +170,5 @@ def describe(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {name: metadata.version(name) for name in ("openvsa", "torch", "diffusers")}
-    return found | {"python": platform.python_version()}
+    found = {name: metadata.version(name) for name in ("torch", "diffusers")}
+    return {"openvsa": openvsa.__version__, **found, "python": platform.python_version()}
