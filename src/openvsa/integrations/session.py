@@ -26,7 +26,7 @@ from openvsa.integrations.tally import Tally
 from openvsa.layout import TileLayout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
-from openvsa.select import Selector, select_by_head
+from openvsa.select import PooledTopK, Selector, permute_pool_all, select_by_head
 
 __all__ = ["Branch", "Forward", "Kept", "Session", "Site"]
 
@@ -71,8 +71,9 @@ class Part:
 
     def samples(self, x: Tensor) -> Tensor:
         """Their valid tokens: x [B, S, ...] to [B', S', ...]."""
-        rows = None if self.rows is None else self.rows.to(x.device)  # elsewhere if the model is offloaded
-        return (x if rows is None else x.index_select(0, rows))[:, : self.layout.num_tokens]
+        if self.rows is not None:
+            x = x.index_select(0, self.rows.to(x.device))  # elsewhere if the model is offloaded
+        return x if x.shape[1] == self.layout.num_tokens else x[:, : self.layout.num_tokens]
 
 
 @dataclass
@@ -219,8 +220,9 @@ class Session:
                 tally.time(clock)
                 if self.callbacks:
                     self._tell(processor, one.layout, plan, *blocks, seconds=clock.seconds())
-            # Rows of padded text: nobody reads them.
-            outs.append(functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
+            if out.shape[1] < q.shape[1]:  # rows of padded text: nobody reads them
+                out = functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1]))
+            outs.append(out)
         if len(outs) == 1:
             return outs[0].transpose(1, 2)
         rows = torch.cat([one.rows for one in parts if one.rows is not None])
@@ -242,8 +244,13 @@ class Session:
         config, forward = self.config, self.forward
         assert config is not None
         assert forward is not None
+        kept = processor.kept
+        plan = None if kept is None else kept.plans.get(place)
+        choose, pooled = plan is None and weight is None, None
+        ours = type(config.selector) is PooledTopK and not isinstance(budget, tuple)
         if not forward.hoisted:
-            q, k, v = layout.permute(q), layout.permute(k), layout.permute(v)
+            # Means for the choice of tiles come with the permutation.
+            (q, k, v), pooled = permute_pool_all(q, k, v, layout, pool=choose and ours)
             weight = None if weight is None else layout.permute(weight)
         if weight is not None:
             assert self.branch is not None
@@ -251,11 +258,14 @@ class Session:
                 q, k, v, weight, layout, budget, config.selector, scale=scale, backend=config.backend
             )
         else:
-            kept = processor.kept
-            plan = None if kept is None else kept.plans.get(place)
             if plan is None:
                 if not isinstance(budget, tuple):
-                    plan = config.selector(q, k, layout, budget)
+                    if pooled is not None and isinstance(config.selector, PooledTopK):
+                        plan = config.selector.plan(
+                            pooled[0][:, layout.q_tile_blocks], pooled[1][:, layout.tile_blocks], layout, budget
+                        )
+                    else:
+                        plan = config.selector(q, k, layout, budget)
                 elif len(budget) != q.shape[2]:
                     raise BudgetError(
                         f"{processor.name} has {q.shape[2]} heads, but the settings have {len(budget)} densities for it"

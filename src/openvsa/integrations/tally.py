@@ -48,8 +48,9 @@ class Tally:
             self.requested = None
         else:
             self.requested += sum(share for share in shares if share is not None) / len(shares)
-        self.delivered = self.delivered + plan.kv_num_blocks.float().mean() / plan.kv_blocks.num_blocks
-        self.executed = self.executed + _pairs_share(plan)
+        delivered = plan.kv_num_blocks.mean(dtype=torch.float32) / plan.kv_blocks.num_blocks
+        self.delivered = self.delivered + delivered
+        self.executed = self.executed + (delivered if _all_alike(plan) else _pairs_share(plan))
 
     def time(self, clock: Any) -> None:
         if clock.events:
@@ -86,6 +87,11 @@ class Tally:
             attention_seconds=self.seconds,
             why_dense=self.why_dense,
         )
+
+
+def _all_alike(plan: BlockPlan) -> bool:
+    """Whether all blocks are of one length: pairs of blocks then are pairs of tokens."""
+    return all(blocks.max_len * blocks.num_blocks == blocks.num_tokens for blocks in (plan.q_blocks, plan.kv_blocks))
 
 
 def _pairs_share(plan: BlockPlan) -> Tensor:
