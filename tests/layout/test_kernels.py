@@ -10,7 +10,7 @@ from helpers import DEVICE
 from openvsa import TileLayout
 from openvsa.layout import kernels
 from openvsa.layout.device import has_kernels
-from openvsa.layout.reorder import all_to_blocks, from_blocks, to_blocks
+from openvsa.layout.reorder import all_to_blocks, from_blocks, to_blocks, two_means
 from plain import both
 
 pytestmark = pytest.mark.triton
@@ -147,6 +147,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(to_blocks, (x, index, offsets, longest, write, mean), test_utils=checks)
     torch.library.opcheck(to_blocks, (x, None, offsets, longest, False, True), test_utils=checks)
     torch.library.opcheck(all_to_blocks, (x, weight, x, index, offsets, longest, True), test_utils=checks)
+    torch.library.opcheck(two_means, (x, weight, offsets, longest), test_utils=checks)
     torch.library.opcheck(from_blocks, (x, None, None, index, offsets, longest, 0), test_utils=checks)
     torch.library.opcheck(from_blocks, (x, rows, weight, index, offsets, longest, first), test_utils=checks)
 

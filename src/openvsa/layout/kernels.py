@@ -146,8 +146,8 @@ def _scatter_kernel(
 
 @cache
 def _options(head_dim: int, max_len: int, **flags: bool) -> dict[str, Any]:
-    """The compile-time arguments. One warp for pieces of 8 KiB in bf16: sums over tokens then need no barrier, which made
-    pooling 1.6 times faster on an H200 than four warps for pieces of 16 KiB, and nothing slower."""
+    """The compile-time arguments. One warp for pieces of 8 KiB in bf16: sums over tokens then need no barrier, which
+    made pooling 1.6 times faster on an H200 than four warps for pieces of 16 KiB, and nothing slower."""
     block_d = triton.next_power_of_2(head_dim)
     block_l = min(triton.next_power_of_2(max_len), max(4096 // block_d, 1))
     return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_L": block_l, "num_warps": 1, **flags}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openvsa.torch_op import torch_op
 
-__all__ = ["all_to_blocks", "from_blocks", "to_blocks"]
+__all__ = ["all_to_blocks", "from_blocks", "to_blocks", "two_means"]
 
 
 def _to_blocks(
@@ -169,6 +169,22 @@ def _differentiate_all_to(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 all_to_blocks = torch_op(
     "all_to_blocks", _all_to_blocks, _fake_all_to_blocks, save=_save_all_to, differentiate=_differentiate_all_to
 )
+
+
+def _two_means(q: Tensor, k: Tensor, offsets: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+    """The fp32 means [B, H, N, D] of the blocks of q [B, S, H, D] and k [B, S, Hkv, D], which are in block order.
+    Without gradient: it is for choosing blocks."""
+    from openvsa.layout import kernels
+
+    _, (q_means, k_means) = kernels.gather([q, k], None, offsets, max_len, write=False, mean=True)
+    return q_means, k_means
+
+
+def _fake_two_means(q: Tensor, k: Tensor, offsets: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+    return _fake_means(q, offsets, True), _fake_means(k, offsets, True)
+
+
+two_means = torch_op("two_means", _two_means, _fake_two_means)
 
 
 def _from_blocks(

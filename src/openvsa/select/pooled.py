@@ -12,6 +12,7 @@ from torch import Tensor
 from openvsa.config import Budget
 from openvsa.layout import TileLayout
 from openvsa.layout.device import has_kernels
+from openvsa.layout.reorder import two_means
 from openvsa.plan import BlockPlan
 from openvsa.plan.rank import rank_in_chunks
 from openvsa.select.pool import pool_mean
@@ -113,9 +114,15 @@ class PooledTopK:
 
     def __call__(self, q: Tensor, k: Tensor, layout: TileLayout, budget: Budget) -> BlockPlan:
         """See Selector."""
-        q_pooled = pool_mean(q.detach(), layout.q_blocks)[:, layout.q_tile_blocks]
-        k_pooled = pool_mean(k.detach(), layout.blocks)[:, layout.tile_blocks]
-        return self.plan(q_pooled, k_pooled, layout, budget)
+        q, k = q.detach(), k.detach()
+        if layout.q_blocks is layout.blocks and has_kernels(q, k):
+            layout.check("q", q.shape[1])
+            layout.check("k", k.shape[1])
+            found = two_means(q, k, layout.blocks.on(q.device), layout.blocks.max_len)
+            q_pooled, k_pooled = (x.transpose(1, 2) for x in found)
+        else:
+            q_pooled, k_pooled = pool_mean(q, layout.q_blocks), pool_mean(k, layout.blocks)
+        return self.plan(q_pooled[:, layout.q_tile_blocks], k_pooled[:, layout.tile_blocks], layout, budget)
 
     def plan(
         self, q_pooled: Tensor, k_pooled: Tensor, layout: TileLayout, budget: Budget, scores: Tensor | None = None
