@@ -89,7 +89,7 @@ def run(
     command: str,
     commit: str | None,
     seconds: float | None = None,
-    case_seconds: float = 5.0,
+    case_seconds: float = 3.0,
     say: Say = lambda text: None,
     on_case: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> tuple[dict[str, Any], Path | None]:
@@ -97,7 +97,7 @@ def run(
 
     Args:
         seconds: start no further case after this long; the record lists what was not run.
-        case_seconds: how long the timed rounds of one case may take (there are at least five).
+        case_seconds: how long the timed rounds of one case may take (there are at least three).
         say: called with what is happening now.
         on_case: called with the results of each case.
     """

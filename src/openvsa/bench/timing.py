@@ -19,7 +19,7 @@ Call = Callable[[], object]
 # The GPU idles before each call for twice what the host took for it in the first round, and a millisecond more: the
 # host enqueues the whole call meanwhile, so that the events enclose the device's work and not Python's.
 _CYCLES_PER_MS = 2_000_000
-_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 30
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 30
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
 
 
@@ -36,7 +36,7 @@ class Timing:
 
 
 def time_interleaved(calls: dict[Key, Call], device: torch.device, seconds: float) -> dict[Key, Timing]:
-    """The timing of each call. Rounds are as many as fit in `seconds`, within 5 to 30 (2 at least on a CPU); one round
+    """The timing of each call. Rounds are as many as fit in `seconds`, within 3 to 30 (2 at least on a CPU); one round
     before them measures how long a round takes."""
     if device.type == "cuda":
         for call in calls.values():
