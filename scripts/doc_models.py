@@ -59,7 +59,8 @@ class MeasuredModel:
     @property
     def part(self) -> str:
         """What of the model was run, where it was not all of it."""
-        return f"{self.case['layers']} of {self.case['whole']} layers" if self.case["whole"] else ""
+        whole = MODELS[self.case["name"]].whole
+        return f"{self.case['layers']} of {whole} layers" if whole else ""
 
     def dense(self, mode: str) -> Row | None:
         rows = [row for row in self.case["rows"] if row["mode"] == mode and row["density"] is None]
