@@ -10,7 +10,7 @@ from helpers import DEVICE
 from openvsa import TileLayout
 from openvsa.layout import kernels
 from openvsa.layout.device import has_kernels
-from openvsa.layout.reorder import all_to_blocks, from_blocks, to_blocks, two_means
+from openvsa.layout.reorder import all_to_blocks, from_blocks, lazy_product, to_blocks, two_means
 from plain import both
 
 pytestmark = pytest.mark.triton
@@ -113,7 +113,7 @@ def test_the_same_bits_twice() -> None:
         torch.manual_seed(2)
         x, weight = tokens(layout, torch.bfloat16).detach(), tokens(layout).detach()
         index, offsets, longest = tables(layout)
-        return kernels.gather_weighted(x, index, offsets, longest, weight, rows, layout.tile_blocks.start)
+        return kernels.weighted_sums(x, index, offsets, longest, weight, rows, layout.tile_blocks.start)
 
     for a, b in zip(run(), run(), strict=True):
         assert a is not None
@@ -148,8 +148,13 @@ def test_opcheck() -> None:
     torch.library.opcheck(to_blocks, (x, None, offsets, longest, False, True), test_utils=checks)
     torch.library.opcheck(all_to_blocks, (x, weight, x, index, offsets, longest, True), test_utils=checks)
     torch.library.opcheck(two_means, (x, weight, offsets, longest), test_utils=checks)
-    torch.library.opcheck(from_blocks, (x, None, None, index, offsets, longest, 0), test_utils=checks)
-    torch.library.opcheck(from_blocks, (x, rows, weight, index, offsets, longest, first), test_utils=checks)
+    torch.library.opcheck(from_blocks, (x, None, None, None, index, offsets, longest, 0), test_utils=checks)
+    arguments = (index, offsets, longest, first)
+    promised = lazy_product(weight, rows, *arguments, x.dtype)
+    assert promised.untyped_storage().nbytes() == x.element_size()
+    torch.library.opcheck(lazy_product, (weight, rows, *arguments, x.dtype), test_utils=checks)
+    promised, rows, weight = promised.detach().requires_grad_(), rows.detach(), weight.detach()
+    torch.library.opcheck(from_blocks, (x, promised, rows, weight, *arguments), test_utils=checks)
 
 
 def test_fp64_and_integers_keep_the_plain_code() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import DEVICE
 from openvsa import Budget, TileLayout, video_sparse_attention
@@ -54,6 +57,30 @@ def test_autocast_changes_nothing() -> None:
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+class Calls(TorchDispatchMode):
+    """The names of our operators, in the order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "openvsa":
+            self.names.append(func.name().removeprefix("openvsa::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_the_branch_weight_waits_for_that_of_attention() -> None:
+    """Both at a time would need the memory of one more tensor of the size of q."""
+    layout = LAYOUTS[1]
+    leaves = make(layout, True)
+    out = attention(layout, *leaves, budget=Budget(top_k=2))
+    with Calls() as calls:
+        torch.autograd.grad(out.sum(), leaves)
+    order = [calls.names.index(name) for name in ("block_sparse_attention_backward", "lazy_product_backward")]
+    assert order == sorted(order)
 
 
 def test_compiles_in_one_graph() -> None:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "gather_weighted", "scatter"]
+__all__ = ["gather", "scatter", "weighted_sums"]
 
 _NO_STRIDES = (0, 0, 0, 1)  # of a tensor that is not there
 
@@ -200,30 +200,28 @@ def gather(
     return blocks, means
 
 
-def gather_weighted(
+def weighted_sums(
     x: Tensor, index: Tensor, offsets: Tensor, max_len: int, weight: Tensor, rows: Tensor, first_row: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens into blocks, and what is made of them with a weight for each.
+) -> tuple[Tensor, Tensor]:
+    """What the gradient of weight * row is made of: the fp32 sums [B, H, n, D] of x * weight over the tokens of each
+    block, and x * rows [B, S, H, D].
 
-    Shapes: as for `gather`; weight [B, S, H, D], in the order of x; rows fp32 [B, n, H, D], those of the blocks from
-    `first_row` on.
-
-    Returns: tokens in block order; the fp32 sums [B, H, n, D] of x * weight; x * rows [B, S, H, D], in the order of x.
+    Shapes: x and weight [B, S, H, D] in raster order; index and offsets as for `gather`; rows fp32 [B, n, H, D], those
+    of the blocks from `first_row` on.
     """
     x, weight, rows = _unit(x), _unit(weight), _unit(rows)
     batch, seq, heads, dim = x.shape
     num_rows = rows.shape[1]
-    blocks = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(batch, heads, num_rows, dim, dtype=torch.float32, device=x.device)
     weight_grad = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     if x.numel():
         with torch.cuda.device_of(x):
             _gather_kernel[((offsets.shape[0] - 1) * heads, batch)](
-                x, x, x, blocks, blocks, blocks, sums, sums, sums, weight, rows, weight_grad, index, offsets,
+                x, x, x, x, x, x, sums, sums, sums, weight, rows, weight_grad, index, offsets,
                 x.stride(), weight.stride(), rows.stride(), heads, seq, first_row, num_rows,
-                **_options(dim, max_len, WRITE=True, TOTAL=True, WEIGHTED=True, PERMUTED=True),
+                **_options(dim, max_len, WRITE=False, TOTAL=True, WEIGHTED=True, PERMUTED=True),
             )  # fmt: skip
-    return blocks, sums, weight_grad
+    return sums, weight_grad
 
 
 def scatter(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openvsa.torch_op import torch_op
 
-__all__ = ["all_to_blocks", "from_blocks", "to_blocks", "two_means"]
+__all__ = ["all_to_blocks", "from_blocks", "lazy_product", "to_blocks", "two_means"]
 
 
 def _to_blocks(
@@ -187,8 +187,61 @@ def _fake_two_means(q: Tensor, k: Tensor, offsets: Tensor, max_len: int) -> tupl
 two_means = torch_op("two_means", _two_means, _fake_two_means)
 
 
+def _product(
+    weight: Tensor, rows: Tensor, index: Tensor, offsets: Tensor, max_len: int, first_row: int, dtype: torch.dtype
+) -> Tensor:
+    """What stands for weight [B, S, H, D] times the row of each token's block until `from_blocks` adds it: a tensor of
+    that shape and `dtype` without memory. Its gradient is that of the product.
+
+    rows: fp32 [B, n, H, D], those of the blocks from `first_row` on. Autograd goes backwards through nodes in the
+    reverse order of their making. Made before attention, this one waits with the gradient of weight, which is as large
+    as that of q, until attention has given back the tensors it keeps.
+    """
+    return torch.empty(1, dtype=dtype, device=weight.device).expand(weight.shape)
+
+
+def _fake_product(
+    weight: Tensor, rows: Tensor, index: Tensor, offsets: Tensor, max_len: int, first_row: int, dtype: torch.dtype
+) -> Tensor:
+    return weight.new_empty(1, dtype=dtype).expand(weight.shape)
+
+
+def _product_gradient(
+    grad: Tensor, weight: Tensor, rows: Tensor, index: Tensor, offsets: Tensor, max_len: int, first_row: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows, as [B, H, n, D], and of weight."""
+    from openvsa.layout import kernels
+
+    return kernels.weighted_sums(grad, index, offsets, max_len, weight, rows, first_row)
+
+
+def _fake_product_gradient(grad: Tensor, weight: Tensor, rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, count, heads, dim = rows.shape
+    return rows.new_empty((batch, heads, count, dim), dtype=torch.float32), weight.new_empty(weight.shape)
+
+
+_lazy_backward = torch_op("lazy_product_backward", _product_gradient, _fake_product_gradient)
+
+
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, rows, index, offsets, max_len, first_row, _ = inputs
+    ctx.save_for_backward(weight, rows, index, offsets)
+    ctx.settings = max_len, first_row
+
+
+def _differentiate_product(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    row_grads, weight_grad = _lazy_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return weight_grad, row_grads.transpose(1, 2), *(None,) * 5
+
+
+lazy_product = torch_op(
+    "lazy_product", _product, _fake_product, save=_save_product, differentiate=_differentiate_product
+)
+
+
 def _from_blocks(
     blocks: Tensor,
+    product: Tensor | None,
     rows: Tensor | None,
     weight: Tensor | None,
     index: Tensor,
@@ -199,7 +252,8 @@ def _from_blocks(
     """Tokens blocks [B, S, H, D] back where they belong, plus (if given) weight times the row of their block.
 
     rows: fp32 [B, n, H, D], those of the blocks from `first_row` on; weight: [B, S, H, D] in the order of the result.
-    Everything is added in fp32 and rounded once. index, offsets: as for `to_blocks`.
+    They get no gradient here: `product` does, which stands for them. Everything is added in fp32 and rounded once.
+    index, offsets: as for `to_blocks`.
     """
     from openvsa.layout import kernels
 
@@ -213,41 +267,16 @@ def _fake_from_blocks(blocks: Tensor, *_: Any) -> Tensor:
     return blocks.new_empty(blocks.shape)
 
 
-def _from_blocks_gradient(
-    grad: Tensor, rows: Tensor, weight: Tensor, index: Tensor, offsets: Tensor, max_len: int, first_row: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of blocks, of rows as [B, H, n, D], and of weight."""
-    from openvsa.layout import kernels
-
-    return kernels.gather_weighted(grad, index, offsets, max_len, weight, rows, first_row)
-
-
-def _fake_from_blocks_gradient(grad: Tensor, rows: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, count, heads, dim = rows.shape
-    return (
-        grad.new_empty(grad.shape),
-        rows.new_empty((batch, heads, count, dim), dtype=torch.float32),
-        weight.new_empty(weight.shape),
-    )
-
-
-_from_blocks_backward = torch_op("from_blocks_backward", _from_blocks_gradient, _fake_from_blocks_gradient)
-
-
 def _save_from(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, rows, weight, index, offsets, max_len, first_row = inputs
-    ctx.weighted = weight is not None
-    ctx.save_for_backward(index, offsets, *((rows, weight) if ctx.weighted else ()))
-    ctx.settings = max_len, first_row
+    *_, index, offsets, max_len, first_row = inputs
+    ctx.save_for_backward(index, offsets)
+    ctx.max_len = max_len
 
 
 def _differentiate_from(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    index, offsets, *weighted = ctx.saved_tensors
-    max_len, first_row = ctx.settings
-    if not ctx.weighted:
-        return to_blocks(grad, index, offsets, max_len, True, False)[0], *(None,) * 6
-    blocks, rows, weight = _from_blocks_backward(grad, *weighted, index, offsets, max_len, first_row)
-    return blocks, rows.transpose(1, 2), weight, *(None,) * 4
+    index, offsets = ctx.saved_tensors
+    grad_blocks = to_blocks(grad, index, offsets, ctx.max_len, True, False)[0]
+    return grad_blocks, grad if ctx.needs_input_grad[1] else None, *(None,) * 6
 
 
 from_blocks = torch_op(

@@ -203,7 +203,7 @@ class TileLayout:
         if x.dim() == 4 and dim % 4 == 1 and has_kernels(x):
             index, offsets = self.index_on(x.device), self.blocks.on(x.device)
             if inverse:
-                return from_blocks(x, None, None, index, offsets, self.blocks.max_len, 0)
+                return from_blocks(x, None, None, None, index, offsets, self.blocks.max_len, 0)
             return to_blocks(x, index, offsets, self.blocks.max_len, True, False)[0]
         there, back = self._index(x.device, inverse=inverse), self._index(x.device, inverse=not inverse)
         return _Reorder.apply(x, dim, there, back)

@@ -14,7 +14,7 @@ from openvsa.layout import TileLayout
 from openvsa.ops import block_sparse_attention
 from openvsa.ops.attention import attend, check_qkv
 from openvsa.plan.rank import row_chunks
-from openvsa.select import PooledTopK, Selector, permute_pool_all, pooled_scores, unpermute_add
+from openvsa.select import PooledTopK, Selector, permute_pool_all, pooled_scores, unpermute_add, weighted_product
 from openvsa.select.pooled import product
 
 __all__ = ["compressed_attention", "video_sparse_attention"]
@@ -77,21 +77,25 @@ def video_sparse_attention(
         tiles = layout.tile_blocks
         q_pooled, k_pooled, v_pooled = pooled
         pooled = q_pooled[:, layout.q_tile_blocks], k_pooled[:, tiles], v_pooled[:, tiles]
-    scores = None
+    scores = plan = None
     if ours:
         assert pooled is not None
         # Both branches start from the same scores; kept only where all of them may exist at a time.
         if branch and same_scale and len(_chunks(*pooled[:2])) == 1:
             scores = pooled_scores(*pooled[:2], scale)
         plan = selector.plan(*pooled[:2], layout, budget, scores)
+    compressed = promised = None
+    if branch_weight is not None:
+        assert pooled is not None
+        compressed = compressed_attention(*pooled, scale) if scores is None else _average(scores, pooled[2])
+        promised = weighted_product(branch_weight, compressed, layout, q.dtype)
+    if plan is not None:
         out = attend(q, k, v, plan, scale, backend)
     else:
         out = block_sparse_attention(q, k, v, selector(q, k, layout, budget), scale=scale, backend=backend)
-    if branch_weight is None:
+    if branch_weight is None or compressed is None:
         return layout.unpermute(out)
-    assert pooled is not None
-    compressed = compressed_attention(*pooled, scale) if scores is None else _average(scores, pooled[2])
-    return unpermute_add(out, layout, branch_weight, compressed)
+    return unpermute_add(out, layout, branch_weight, compressed, promised)
 
 
 def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, scale: float) -> Tensor:

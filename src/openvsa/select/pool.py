@@ -10,9 +10,9 @@ from torch import Tensor
 from openvsa.errors import ShapeError
 from openvsa.layout import BlockOffsets, TileLayout
 from openvsa.layout.device import has_kernels
-from openvsa.layout.reorder import all_to_blocks, from_blocks, to_blocks
+from openvsa.layout.reorder import all_to_blocks, from_blocks, lazy_product, to_blocks
 
-__all__ = ["permute_pool", "permute_pool_all", "pool_mean", "spread", "unpermute_add"]
+__all__ = ["permute_pool", "permute_pool_all", "pool_mean", "spread", "unpermute_add", "weighted_product"]
 
 
 def permute_pool(x: Tensor, layout: TileLayout, blocks: BlockOffsets) -> tuple[Tensor, Tensor]:
@@ -58,17 +58,32 @@ def permute_pool_all(
     return (q, k, v), (q_means, k_means, v_means)
 
 
-def unpermute_add(x: Tensor, layout: TileLayout, weight: Tensor, rows: Tensor) -> Tensor:
+def weighted_product(weight: Tensor, rows: Tensor, layout: TileLayout, dtype: torch.dtype) -> Tensor | None:
+    """What `unpermute_add` wants where gradients are, made before the attention whose result it gets: the gradient of
+    weight then is made after that of attention, and the memory of both is not needed at a time. Nothing on a CPU."""
+    if not (torch.is_grad_enabled() and (weight.requires_grad or rows.requires_grad) and has_kernels(weight, rows)):
+        return None
+    blocks, device = layout.q_blocks, weight.device
+    first = layout.q_tile_blocks.start
+    return lazy_product(weight, rows, layout.index_on(device), blocks.on(device), blocks.max_len, first, dtype)
+
+
+def unpermute_add(
+    x: Tensor, layout: TileLayout, weight: Tensor, rows: Tensor, promised: Tensor | None = None
+) -> Tensor:
     """`layout.unpermute(x)` plus weight times the row of each token's query block; text tokens have none.
 
     x [B, S, H, D] in block order, weight [B, S, H, D] in raster order, rows [B, n, H, D] of the n query blocks that are
-    tiles. Returns raster order in the dtype of x. On a GPU it is one pass that adds in fp32 and rounds once, and so is
-    its gradient.
+    tiles; promised: their `weighted_product`, made by now if it was not before. Returns raster order in the dtype of x.
+    On a GPU it is one pass that adds in fp32 and rounds once.
     """
     tiles, blocks = layout.q_tile_blocks, layout.q_blocks
     if has_kernels(x, weight, rows):
+        promised = weighted_product(weight, rows, layout, x.dtype) if promised is None else promised
         index = layout.index_on(x.device)
-        return from_blocks(x, rows, weight, index, blocks.on(x.device), blocks.max_len, tiles.start)
+        return from_blocks(
+            x, promised, rows.detach(), weight.detach(), index, blocks.on(x.device), blocks.max_len, tiles.start
+        )
     text_before, text_after = tiles.start, blocks.num_blocks - tiles.stop
     rows = torch.nn.functional.pad(rows.to(x.dtype), (0, 0, 0, 0, text_before, text_after))
     added = layout.permute(weight) * spread(rows, blocks)
