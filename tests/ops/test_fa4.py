@@ -202,6 +202,20 @@ def test_versions_that_take_only_one_block_size_are_refused(
             choose(asked, "fa4")
 
 
+@pytest.mark.parametrize(
+    ("q_block", "kv_block", "grad", "taken"),
+    [(128, 128, True, True), (128, 128, False, True), (128, 64, False, False), (64, 64, False, False)],
+)
+def test_auto_takes_it_where_it_is_faster(
+    q_block: int, kv_block: int, grad: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_installed_version", lambda name: "4.0.0b36")
+    asked = problem(q_block, kv_block, grad=grad)
+    assert choose(asked).name == ("fa4" if taken else "hopper")
+    assert choose(asked, "fa4").name == "fa4"
+    assert choose(replace(asked, deterministic=True, needs_grad=True, max_kv_block=128)).name == "hopper"
+
+
 def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_installed_version", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"pip install 'openvsa\[fa4\]'"):

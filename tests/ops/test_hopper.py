@@ -9,7 +9,6 @@ from typing import get_args
 
 import pytest
 import torch
-from cuda.bindings import driver
 from cuda.core import Program, ProgramOptions
 
 from openvsa.errors import UnsupportedError
@@ -42,12 +41,9 @@ def reasons(problem: Problem) -> list[str]:
 
 def local_bytes(variant: Variant) -> int:
     """Memory that spilled registers of a thread take, as the driver knows it."""
-    device = torch.zeros((), device="cuda").get_device()  # makes the context that the driver wants
-    function, _ = compiler._function(variant, device)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
-    error, found = driver.cuFuncGetAttribute(attribute, function)
-    assert int(error) == 0
-    return found
+    torch.zeros((), device="cuda")  # makes the context that the driver wants
+    kernel = compiler.compile_variant(variant).get_kernel(compiler._ENTRIES[variant.kernel])
+    return kernel.attributes.local_size_bytes
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -65,6 +61,16 @@ def test_compiles_without_spills_or_waits_of_the_assembler(variant: Variant) -> 
     assert "warning" not in said
     assert "Potential Performance Loss" not in said
     assert " 0 bytes spill stores, 0 bytes spill loads" in said
+
+
+def test_all_lanes_may_arrive_for_a_tool_that_follows_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of the kernels in which racecheck can follow the barriers (scripts/sanitize.py)."""
+    for kernel in get_args(Kernel):
+        variant = next(v for v in VARIANTS if v.kernel == kernel)
+        monkeypatch.setattr(compiler, "ARRIVING_LANES", 1)
+        usual = compiler.compile_variant(variant).code
+        monkeypatch.setattr(compiler, "ARRIVING_LANES", 32)
+        assert compiler.compile_variant(variant).code != usual
 
 
 def test_a_fault_in_the_source_is_an_error() -> None:
@@ -93,9 +99,9 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.choose(PROBLEM, "hopper")
 
 
-def test_it_comes_before_the_other_kernels() -> None:
+def test_the_order_in_which_auto_asks() -> None:
     names = [backend.name for backend in registry.backends()]
-    assert names.index("hopper") < names.index("fa4") < names.index("triton") < names.index("reference")
+    assert names.index("fa4") < names.index("hopper") < names.index("triton") < names.index("reference")
 
 
 @pytest.mark.parametrize(
