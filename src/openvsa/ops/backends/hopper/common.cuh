@@ -3,7 +3,8 @@
 //
 // Set from outside: HEAD_DIM (64 or 128), HALF_FLOAT (1 for float16, 0 for bfloat16), TEAMS (each with a producer warp and
 // work items of its own), CONSUMERS (warpgroups of a team, which share its tiles), STAGES (tiles in flight), Q_PIECES and KV_PIECES (pieces of 64 tokens in the longest block), ROW_VALUES (1 if
-// a slot also holds two numbers for each row), PRODUCER_REGISTERS, CONSUMER_REGISTERS, SHARED_BYTES.
+// a slot also holds two numbers for each row), ARRIVING_LANES (of a warp, at a barrier: 1, or 32 for a tool),
+// PRODUCER_REGISTERS, CONSUMER_REGISTERS, SHARED_BYTES.
 
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
@@ -129,10 +130,14 @@ __device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 phase) {
 // After the barriers were initialised, by the thread that did.
 __device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// One warp's word that it no longer reads what the barrier guards.
+// How often a warpgroup arrives at a barrier that says that it is done with something.
+constexpr int ARRIVALS = 4 * ARRIVING_LANES;
+
+// One warp's word that it no longer reads what the barrier guards. Its first lane speaks for all: they came to __syncwarp
+// before. A tool that follows threads does not see that; for it all 32 arrive, and nothing else is different.
 __device__ __forceinline__ void release(uint64* empty) {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(empty);
+    if ((threadIdx.x & 31) < ARRIVING_LANES) barrier_arrive(empty);
 }
 
 // ------------------------------------------------------------------------------------------------ tensor copies
@@ -336,7 +341,8 @@ __device__ __forceinline__ void load_own(void* tile, const TensorMap* map, uint6
 }
 
 // Rows of 128 bytes in shared memory become zero. They belong to other blocks, or to nobody, and 0 times a NaN there would
-// leak. Every warpgroup that reads them does this for itself: all write the same.
+// leak. Every warpgroup that reads them does this for itself. Two may do it at once, and one while the other multiplies: all
+// write the same, and a tile is not refilled before all have released it, so none sees anything but zeros after its own.
 __device__ __forceinline__ void clear_rows(char* rows, int begin, int end) {
 #pragma unroll 1
     for (int i = begin * 8 + (threadIdx.x & 127); i < end * 8; i += 128)

@@ -15,6 +15,9 @@ from openvsa.ops.plan_tensors import PlanTensors
 
 TILE = 64  # rows of one consumer warpgroup; as in common.cuh
 SHARED_BYTES = 227 * 1024  # what one block can have on sm_90
+# How many lanes of a warp say that it is done with a tile. One is enough: __syncwarp stands before it. With 32, a tool
+# that follows threads and not warps sees the same order (scripts/sanitize.py, which sets it before the first launch).
+ARRIVING_LANES = 1
 
 Kernel = Literal["forward", "forward_wide", "dq", "dq_wide", "dkv", "dkv_wide"]
 
@@ -115,6 +118,7 @@ class Variant:
             "PRODUCER_REGISTERS": self.shape.producer_registers,
             "CONSUMER_REGISTERS": self.shape.consumer_registers,
             "SHARED_BYTES": SHARED_BYTES,
+            "ARRIVING_LANES": ARRIVING_LANES,
             "ROW_VALUES": int(self.kernel in ("dkv", "dkv_wide")),
             **self.shape.stages,
         }

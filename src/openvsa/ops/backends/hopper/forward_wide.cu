@@ -46,11 +46,11 @@ struct PairPosition {
 __device__ __forceinline__ void init(Memory& memory) {
     for (int i = 0; i < KEY_STAGES; ++i) {
         barrier_init(&memory.keys_full[i], 1);
-        barrier_init(&memory.keys_empty[i], 4 * CONSUMERS);
+        barrier_init(&memory.keys_empty[i], ARRIVALS * CONSUMERS);
     }
     for (int i = 0; i < VALUE_STAGES; ++i) {
         barrier_init(&memory.values_full[i], 1);
-        barrier_init(&memory.values_empty[i], 4 * CONSUMERS);
+        barrier_init(&memory.values_empty[i], ARRIVALS * CONSUMERS);
     }
     barriers_ready();
 }

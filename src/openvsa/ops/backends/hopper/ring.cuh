@@ -25,7 +25,7 @@ struct Position {
 __device__ __forceinline__ void ring_init(Ring& ring) {
     for (int i = 0; i < STAGES; ++i) {
         barrier_init(&ring.full[i], 1);
-        barrier_init(&ring.empty[i], 4 * CONSUMERS);
+        barrier_init(&ring.empty[i], ARRIVALS * CONSUMERS);
     }
     barriers_ready();
 }
