@@ -1,7 +1,8 @@
 """Operators of torch.library that take the host little time to call.
 
-`torch.library.custom_op` makes the same (one node for torch.compile, fakes, gradients, Dynamo kept out of the kernel),
-but takes twice as long for each call, of which video sparse attention makes several in every layer.
+What `torch.library.custom_op` makes is the same to torch.compile and to everything else that watches operators (one
+node, with a fake and gradients), but each call takes the host some 12 microseconds, or 25 with gradients, and video
+sparse attention makes several in every layer. Here an eager call that nobody watches runs the kernel as a function.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 __all__ = ["torch_op"]
 
@@ -25,7 +27,7 @@ def torch_op(
     save: Callable[..., None] | None = None,
     differentiate: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register the operator openvsa::`name` and return it; it takes positional arguments only.
+    """Register the operator torch.ops.openvsa.`name` and return what calls it, with positional arguments only.
 
     Args:
         kernel: what it does, on any device. Annotated with the types that `torch.library.infer_schema` knows. Its
@@ -40,30 +42,55 @@ def torch_op(
     torch.library.register_kernel(qualified, None, kernel, lib=_LIBRARY)
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(torch.ops.openvsa, name).default
-    if save is None or differentiate is None:
-        return op
+    eager = None
+    if save is not None and differentiate is not None:
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def below_autograd(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = op(*args)
-            save(ctx, args, output)
-            return output
+                return op(*args)
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return differentiate(ctx, *grads)
+        watched = _with_gradient(name, below_autograd, save, differentiate)
+        eager = _with_gradient(name, kernel, save, differentiate)
+        _LIBRARY.impl(
+            name, lambda *args: watched.apply(*args) if _needs_gradient(args) else below_autograd(*args), "Autograd"
+        )
 
-    Differentiable.__name__ = f"{name}_with_gradient"
-
-    def with_gradient(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            for x in args:
-                if isinstance(x, Tensor) and x.requires_grad:
-                    return Differentiable.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched(args):
             return op(*args)
+        if eager is not None and _needs_gradient(args):
+            return eager.apply(*args)
+        return kernel(*args)
 
-    _LIBRARY.impl(name, with_gradient, "Autograd")
-    return op
+    return call
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether someone wants to see the operator: a mode (checkpointing by operator, fakes, ...), or a tensor of another
+    class."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    for x in args:  # noqa: SIM110 - a generator takes longer, and this runs in every call
+        if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter:
+            return True
+    return False
+
+
+def _with_gradient(
+    name: str, run: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = run(*args)
+        save(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    return type(f"{name}_with_gradient", (torch.autograd.Function,), methods)

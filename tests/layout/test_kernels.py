@@ -10,7 +10,7 @@ from helpers import DEVICE
 from openvsa import TileLayout
 from openvsa.layout import kernels
 from openvsa.layout.device import has_kernels
-from openvsa.layout.reorder import all_to_blocks, from_blocks, lazy_product, to_blocks, two_means
+from openvsa.layout.reorder import all_to_blocks, lazy_product, to_blocks
 from plain import both
 
 pytestmark = pytest.mark.triton
@@ -144,17 +144,29 @@ def test_opcheck() -> None:
     # The schema, the fake and the autograd registration; the whole op is traced in tests/nn.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for write, mean in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(to_blocks, (x, index, offsets, longest, write, mean), test_utils=checks)
-    torch.library.opcheck(to_blocks, (x, None, offsets, longest, False, True), test_utils=checks)
-    torch.library.opcheck(all_to_blocks, (x, weight, x, index, offsets, longest, True), test_utils=checks)
-    torch.library.opcheck(two_means, (x, weight, offsets, longest), test_utils=checks)
-    torch.library.opcheck(from_blocks, (x, None, None, None, index, offsets, longest, 0), test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.openvsa.to_blocks.default, (x, index, offsets, longest, write, mean), test_utils=checks
+        )
+    torch.library.opcheck(
+        torch.ops.openvsa.to_blocks.default, (x, None, offsets, longest, False, True), test_utils=checks
+    )
+    torch.library.opcheck(
+        torch.ops.openvsa.all_to_blocks.default, (x, weight, x, index, offsets, longest, True), test_utils=checks
+    )
+    torch.library.opcheck(torch.ops.openvsa.two_means.default, (x, weight, offsets, longest), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.openvsa.from_blocks.default, (x, None, None, None, index, offsets, longest, 0), test_utils=checks
+    )
     arguments = (index, offsets, longest, first)
     promised = lazy_product(weight, rows, *arguments, x.dtype)
     assert promised.untyped_storage().nbytes() == x.element_size()
-    torch.library.opcheck(lazy_product, (weight, rows, *arguments, x.dtype), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.openvsa.lazy_product.default, (weight, rows, *arguments, x.dtype), test_utils=checks
+    )
     promised, rows, weight = promised.detach().requires_grad_(), rows.detach(), weight.detach()
-    torch.library.opcheck(from_blocks, (x, promised, rows, weight, *arguments), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.openvsa.from_blocks.default, (x, promised, rows, weight, *arguments), test_utils=checks
+    )
 
 
 def test_fp64_and_integers_keep_the_plain_code() -> None:

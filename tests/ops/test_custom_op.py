@@ -65,9 +65,15 @@ def test_opcheck(case: Case, dtype: torch.dtype) -> None:
     q, k, v, plan, grad_out, grad_lse = cpu_inputs(case, dtype)
     lists = arguments(plan)
     out, lse = custom_op._attention(q, k, v, *lists)
-    torch.library.opcheck(custom_op._attention, (*(x.detach().requires_grad_() for x in (q, k, v)), *lists))
-    torch.library.opcheck(custom_op._attention, (q, k, v, *lists[:4], None, None, *lists[6:]))
-    torch.library.opcheck(custom_op._attention_backward, (grad_out, grad_lse, q, k, v, out, lse, *lists))
+    torch.library.opcheck(
+        torch.ops.openvsa.block_sparse_attention.default, (*(x.detach().requires_grad_() for x in (q, k, v)), *lists)
+    )
+    torch.library.opcheck(
+        torch.ops.openvsa.block_sparse_attention.default, (q, k, v, *lists[:4], None, None, *lists[6:])
+    )
+    torch.library.opcheck(
+        torch.ops.openvsa.block_sparse_attention_backward.default, (grad_out, grad_lse, q, k, v, out, lse, *lists)
+    )
 
 
 def test_without_gradients_no_transpose_is_made() -> None:

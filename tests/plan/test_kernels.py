@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import DEVICE
 from openvsa import BlockPlan, Budget
 from openvsa.plan import rank
-from openvsa.plan.convert import _transpose_lists, mask_to_lists, transpose_lists
+from openvsa.plan.convert import mask_to_lists, transpose_lists
 from plain import both
 
 pytestmark = pytest.mark.triton
@@ -125,7 +125,11 @@ def test_transposing_a_plan_twice_gives_it_back() -> None:
 def test_opcheck() -> None:
     values = torch.randn(1, 2, 3, 5, device=DEVICE)
     torch.library.opcheck(
-        RANK._top_blocks, (values, None, 2, 1, False, 0), test_utils=("test_schema", "test_faketensor")
+        torch.ops.openvsa.top_blocks.default,
+        (values, None, 2, 1, False, 0),
+        test_utils=("test_schema", "test_faketensor"),
     )
     counts, indices = mask_to_lists(values > 0, 5)
-    torch.library.opcheck(_transpose_lists, (counts, indices, 5), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.openvsa.transpose_lists.default, (counts, indices, 5), test_utils=("test_schema", "test_faketensor")
+    )

@@ -10,7 +10,6 @@ from helpers import DEVICE
 from openvsa import TileLayout
 from openvsa.layout import BlockOffsets
 from openvsa.select import permute_pool, pool_mean, pooled_scores, unpermute_add
-from openvsa.select.pooled import _block_scores
 from plain import both
 from tolerance import FORWARD, GRADIENT, excess
 
@@ -113,4 +112,6 @@ def test_pooling_one_long_block() -> None:
 def test_opcheck() -> None:
     q, k = torch.randn(1, 4, 2, 8, device=DEVICE), torch.randn(1, 3, 1, 8, device=DEVICE)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_block_scores, (q.requires_grad_(), k.requires_grad_(), 0.5), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.openvsa.block_scores.default, (q.requires_grad_(), k.requires_grad_(), 0.5), test_utils=checks
+    )
