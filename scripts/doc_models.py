@@ -3,7 +3,7 @@
 python scripts/doc_models.py            # write it
 python scripts/doc_models.py --check    # fail if a page on disk differs
 
-Of each machine and model the newest file `benchmarks/results/models-*.json` that has it counts.
+Of each machine, model and mode the newest of the fullest files `benchmarks/results/models-*.json` counts.
 """
 
 from __future__ import annotations
@@ -46,11 +46,27 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One model in the newest file that has it."""
+    """One model on one machine. Files may have it in one mode or in both, at more or fewer densities: the rows of a
+    mode all come from one file, the newest of those that have the most of them; all else from the newest file."""
 
     file: Path
     record: dict[str, Any]
     case: dict[str, Any]
+    others: tuple[tuple[Path, dict[str, Any]], ...] = ()
+
+    def and_newer(self, file: Path, record: dict[str, Any], case: dict[str, Any]) -> MeasuredModel:
+        rows, kept = [], not case.get("profile") and bool(self.case.get("profile"))
+        for mode in dict.fromkeys(row["mode"] for row in (*self.case["rows"], *case["rows"])):
+            old, new = ([row for row in rows if row["mode"] == mode] for rows in (self.case["rows"], case["rows"]))
+            rows += old if len(old) > len(new) else new
+            kept |= len(old) > len(new)
+        profile = case.get("profile") or self.case.get("profile") or []
+        others = (*self.others, (self.file, self.record)) if kept else ()
+        return MeasuredModel(file, record, {**case, "rows": rows, "profile": profile}, others)
+
+    @property
+    def sources(self) -> list[tuple[Path, dict[str, Any]]]:
+        return [*self.others, (self.file, self.record)]
 
     @property
     def machine(self) -> str:
@@ -77,7 +93,9 @@ def newest_models() -> list[MeasuredModel]:
     for path, record in sorted(files, key=lambda pair: pair[1]["date"]):
         for case in record["cases"]:
             if case["passed"] and case["name"] in MODELS:
-                found[record["machine"]["device"], case["name"]] = MeasuredModel(path, record, case)
+                key = record["machine"]["device"], case["name"]
+                known = found.get(key)
+                found[key] = known.and_newer(path, record, case) if known else MeasuredModel(path, record, case)
     order = list(MODELS)
     return [found[key] for key in sorted(found, key=lambda key: (key[0], order.index(key[1])))]
 
@@ -161,10 +179,9 @@ def performance() -> str:
         )
         if any(one.case.get("profile") for one in found):
             text += "Where the milliseconds of a step go, by kernels:\n\n" + profiles(found) + "\n"
-        for one in {one.file: one for one in found}.values():
-            record = one.record
+        for file, record in sorted(dict(source for one in found for source in one.sources).items()):
             versions = ", ".join(f"{n} {record['versions'][n]}" for n in ("torch", "triton", "cudnn", "diffusers"))
-            text += f"- `{one.file.name}`: {record['date'][:10]}, commit `{record['commit']}`, {versions}: "
+            text += f"- `{file.name}`: {record['date'][:10]}, commit `{record['commit']}`, {versions}: "
             text += f"`{record['command']}`\n"
         text += "\n"
     return text.rstrip() + "\n"

@@ -93,7 +93,7 @@ def test_a_family_is_measured(name: str) -> None:
 
 
 def test_compiled_and_profiled() -> None:
-    options = replace(QUICK, densities=(0.25,), compiled=True, profile=True)
+    options = replace(QUICK, densities=(0.25,), modes=("eager", "compiled"), profile=True)
     found = measure_model(TINY["wan"], CPU, options, lambda text: None)
     assert found["passed"], found["failed"]
     assert [row["variant"] for row in found["rows"] if row["mode"] == "compiled"] == ["dense-flash", "density 0.25"]
@@ -138,6 +138,15 @@ def test_no_case_begins_after_the_time_is_spent(tmp_path: Path) -> None:
     assert load(path, MODEL_SCHEMA)["not_run"] == record["not_run"]
     with pytest.raises(OpenVSAError, match="openvsa-bench-models/1"):
         load(path)
+
+
+def test_compiled_alone() -> None:
+    with pytest.raises(OpenVSAError, match="modes are eager and compiled, got fast"):
+        ModelOptions(modes=("fast",))
+    # Mochi names no blocks that repeat.
+    found = measure_model(TINY["mochi"], CPU, replace(QUICK, modes=("compiled",)), lambda text: None)
+    assert {row["mode"] for row in found["rows"]} == {"attention", "kernel"}
+    assert "names no repeated blocks" in found["left_out"]
 
 
 def test_names() -> None:

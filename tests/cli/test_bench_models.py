@@ -47,7 +47,8 @@ def test_models_are_listed(openvsa_command: Callable) -> None:
         (["--model", "tiny-wan", "--density", "much"], "--density must be numbers"),
         (["--model", "tiny-wan", "--density", "2"], "must be in (0, 1], got 2"),
         (["--model", "tiny-wan", "--case", "small"], "--model takes models by name"),
-        (["--profile"], "are for whole models"),
+        (["--model", "tiny-wan", "--mode", "fast"], "modes are eager and compiled, got fast"),
+        (["--profile"], "is for whole models"),
     ],
 )
 def test_mistakes_are_named(openvsa_command: Callable, arguments: list[str], said: str) -> None:

@@ -113,7 +113,7 @@ _ALL = (
               "Wan 2.1 14B, 720 x 1280, 81 frames", {"num_layers": 4}, "40", target=2.2),
     ModelCase("hunyuan-720p", "HunyuanVideoTransformer3DModel", (33, 45, 80), call.hunyuan_video,
               "HunyuanVideo 13B, 720 x 1280, 129 frames, 256 text tokens",
-              {"num_layers": 2, "num_single_layers": 4, "num_refiner_layers": 1}, "60", target=2.2),
+              {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1}, "60", target=2.2),
     ModelCase("hunyuan15-720p", "HunyuanVideo15Transformer3DModel", (31, 45, 80), call.hunyuan_video15,
               "HunyuanVideo-1.5, 720 x 1280, 121 frames, with an image",
               {"num_layers": 4, "num_refiner_layers": 1}, "54"),

@@ -19,15 +19,17 @@ from openvsa.bench.model_profile import kernel_times
 from openvsa.bench.record import MODEL_SCHEMA, new_record, result_path, write
 from openvsa.bench.timing import Timing, gpu_clocks, measure, summary, time_interleaved
 from openvsa.config import Budget
+from openvsa.errors import OpenVSAError
 from openvsa.integrations.diffusers import observe, sparsify
 from openvsa.integrations.families import family_of
 from openvsa.integrations.report import AttentionEvent
 from openvsa.ops import block_sparse_attention
 from openvsa.select import PooledTopK
 
-__all__ = ["DENSITIES", "ModelOptions", "measure_model", "run_models"]
+__all__ = ["DENSITIES", "MODES", "ModelOptions", "measure_model", "run_models"]
 
 DENSITIES = (0.25, 0.125, 0.1)
+MODES = ("eager", "compiled")
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 10
 _HOST_ROUNDS = 5
 
@@ -39,15 +41,19 @@ class ModelOptions:
     """What of a model is measured.
 
     densities: of the sparse steps, besides dense.
-    compiled: also with the repeated blocks compiled.
+    modes: "eager", "compiled" (the repeated blocks) or both.
     profile: also which kernels the time of the dense and the sparsest step goes to.
     case_seconds: how long the timed rounds of one mode may take (there are at least three).
     """
 
     densities: tuple[float, ...] = DENSITIES
-    compiled: bool = False
+    modes: tuple[str, ...] = ("eager",)
     profile: bool = False
-    case_seconds: float = 8.0
+    case_seconds: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.modes or not set(self.modes) <= set(MODES):
+            raise OpenVSAError(f"modes are {' and '.join(MODES)}, got {', '.join(self.modes) or 'none'}")
 
 
 def run_models(
@@ -104,13 +110,14 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
     result["gate"], reference = _gate(subject, result["failed"])
     if not result["failed"]:
         result["clocks"] = {"before": gpu_clocks(device)}
-        if device.type == "cuda":
-            stage("host")
-            _measure_host(subject, result["rows"])
-        _measure_steps(subject, "eager", options, result, reference, stage)
-        if options.compiled and not model._repeated_blocks:
+        if "eager" in options.modes:
+            if device.type == "cuda":
+                stage("host")
+                _measure_host(subject, result["rows"])
+            _measure_steps(subject, "eager", options, result, reference, stage)
+        if "compiled" in options.modes and not model._repeated_blocks:
             result["left_out"] = f"{case.transformer} names no repeated blocks, so it is not measured compiled"
-        elif options.compiled:
+        elif "compiled" in options.modes:
             model.compile_repeated_blocks(fullgraph=True, dynamic=False)
             _measure_steps(subject, "compiled", options, result, reference, stage)
         result["clocks"]["after"] = gpu_clocks(device)
@@ -256,10 +263,10 @@ def _measure_steps(
         say(f"first step, {mode}, {name}")
         begin = time.perf_counter()
         with subject.by(density):
-            out = subject.forward()
-            _settle(subject.device)
+            if mode == "compiled":
+                subject.forward()  # compiles, which takes memory as well
+            out, peaks[name] = _run_and_peak(subject)
             first[name] = time.perf_counter() - begin
-            peaks[name] = _peak(subject)
         change, gate = _change(out, reference), result["gate"]
         rounding = next(share for kernel, share in gate.items() if kernel.startswith("dense-"))
         allowed = 2 * (rounding + gate.get(name, 0.0)) + torch.finfo(subject.case.dtype).eps
@@ -292,20 +299,15 @@ def _measure_steps(
             result.setdefault("profile", []).append({"mode": mode, "variant": name, **found})
 
 
-def _peak(subject: _Subject) -> int | None:
-    """Most memory in use during a step, weights and inputs included."""
+def _run_and_peak(subject: _Subject) -> tuple[Tensor, int | None]:
+    """The output of a step, and the most memory in use during it, weights and inputs included; None on a CPU."""
     if subject.device.type != "cuda":
-        return None
+        return subject.forward(), None
     torch.cuda.synchronize(subject.device)
     torch.cuda.reset_peak_memory_stats(subject.device)
-    subject.forward()
+    out = subject.forward()
     torch.cuda.synchronize(subject.device)
-    return torch.cuda.max_memory_allocated(subject.device)
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return out, torch.cuda.max_memory_allocated(subject.device)
 
 
 def _row(mode: str, name: str, density: float | None, timing: Timing) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def bench(
         typer.Option(help="Measure a denoising step of these whole models instead, with commas between, or all."),
     ] = None,
     density: Annotated[str, typer.Option(help="Densities of --model's sparse steps.")] = "0.25,0.125,0.1",
-    compiled: Annotated[bool, typer.Option("--compiled", help="Measure --model with its blocks compiled too.")] = False,
+    mode: Annotated[str, typer.Option(help="Steps of --model: eager, compiled (its blocks), or both.")] = "eager",
     profile: Annotated[bool, typer.Option("--profile", help="Show which kernels --model's time goes to.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result file.")] = None,
@@ -188,15 +188,15 @@ def bench(
         status = run_bench_models(
             models=model.split(","),
             device=device,
-            options=parse_options(density, compiled, profile),
+            options=parse_options(density, mode, profile),
             out=out,
             seconds=seconds,
             commit=commit,
             command=shlex.join(["openvsa", *sys.argv[1:]]),
         )
         raise typer.Exit(status)
-    if compiled or profile:
-        raise OpenVSAError("--compiled and --profile are for whole models: add --model NAME (see --list)")
+    if profile:
+        raise OpenVSAError("--profile is for whole models: add --model NAME (see --list)")
     status = run_bench(
         cases=case.split(",") if case else [],
         suite=suite,

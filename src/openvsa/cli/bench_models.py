@@ -18,12 +18,12 @@ from openvsa.errors import OpenVSAError, require
 __all__ = ["list_models", "parse_options", "run_bench_models"]
 
 
-def parse_options(densities: str, compiled: bool, profile: bool) -> ModelOptions:
+def parse_options(densities: str, modes: str, profile: bool) -> ModelOptions:
     """From what was typed.
 
     Raises:
         BudgetError: a density is out of range.
-        OpenVSAError: it is no number.
+        OpenVSAError: it is no number, or there is no such mode.
     """
     try:
         found = tuple(float(text) for text in densities.split(","))
@@ -31,7 +31,7 @@ def parse_options(densities: str, compiled: bool, profile: bool) -> ModelOptions
         raise OpenVSAError(f"--density must be numbers with commas between, got {densities!r}") from None
     for density in found:
         Budget(keep_ratio=density)
-    return ModelOptions(densities=found, compiled=compiled, profile=profile)
+    return ModelOptions(densities=found, modes=tuple(modes.split(",")), profile=profile)
 
 
 def run_bench_models(
