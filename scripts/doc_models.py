@@ -1,4 +1,4 @@
-"""Write what was measured of whole models: into docs/performance.md, the pages of the families and docs/presets.md.
+"""Write what was measured of whole models into README.md, docs/performance.md, docs/presets.md and the families' pages.
 
 python scripts/doc_models.py            # write it
 python scripts/doc_models.py --check    # fail if a page on disk differs
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import doc_performance
 from doc_audit import AUDIT
 from doc_tables import table, with_table
 from openvsa.bench.model_cases import MODELS
@@ -134,6 +135,23 @@ def steps(found: list[MeasuredModel]) -> str:
     return table(head, lines)
 
 
+def short() -> str:
+    """Steps alone, for the README: milliseconds, and how many times as fast as dense."""
+    found = newest_models()
+    densities = (0.25, TARGET_DENSITY)
+    lines = []
+    for one in found:
+        for mode in MODES:
+            dense, sparse = one.dense(mode), one.sparse(mode)
+            if dense is None or not any(d in sparse for d in densities):
+                continue
+            part = f", {one.part}" if one.part else ""
+            lines.append(
+                [f"{one.case['note']}{part}", mode, number(dense["ms"]), *(times(sparse.get(d)) for d in densities)]
+            )
+    return table(["one denoising step", "", "dense, ms", *(f"density {d:g}, ms" for d in densities)], lines)
+
+
 def profiles(found: list[MeasuredModel]) -> str:
     """Where the time of a step goes."""
     entries = [(one, entry) for one in found for entry in one.case.get("profile", ())]
@@ -159,6 +177,36 @@ def about(one: MeasuredModel) -> str:
     )
 
 
+def estimates(found: list[MeasuredModel]) -> str:
+    """How many times as fast the sparsest step would be against FlashAttention-4 dense, where the models were measured
+    without it: as if it took the share of cuDNN's time that it takes in the kernel cases of this head size."""
+    lines = []
+    for one in found:
+        name = "s32k" if one.case["attention"]["head_dim"] == 128 else "s32k-d64"
+        kernels = doc_performance.newest().get(one.machine, {}).get(name)
+        attention = one.dense("attention")
+        if kernels is None or attention is None or attention["variant"] != "dense-cudnn":
+            continue
+        ms = {row["contender"]: row["ms"] for row in kernels.rows(kind="dense", **{"pass": "forward"})}
+        if "dense-fa4" not in ms or "dense-cudnn" not in ms:
+            continue
+        share = ms["dense-fa4"] / ms["dense-cudnn"]
+        for mode in MODES:
+            dense, sparse = one.dense(mode), one.sparse(mode).get(TARGET_DENSITY)
+            if dense and sparse:
+                faster = dense["ms"] - one.case["layers"] * attention["ms"] * (1 - share)
+                cells = [f"{share:.2f}", number(faster), f"{faster / sparse['ms']:.2f}×"]
+                lines.append([f"`{one.case['name']}`", mode, *cells])
+    if not lines:
+        return ""
+    head = ["model", "", "FA4's share of cuDNN's time", "dense with FA4, ms", f"density {TARGET_DENSITY}"]
+    note = (
+        "These runs had no FlashAttention-4. **Estimated**, not measured: dense steps with it, if it takes the share "
+        "of cuDNN's time that it takes in the case `s32k` or `s32k-d64` below.\n\n"
+    )
+    return note + table(head, lines) + "\n"
+
+
 def gates(found: list[MeasuredModel]) -> str:
     lines = []
     for one in found:
@@ -174,9 +222,8 @@ def performance() -> str:
     for machine in dict.fromkeys(one.machine for one in newest_models()):
         found = [one for one in newest_models() if one.machine == machine]
         text += f"### {machine}\n\n{steps(found)}\n" + "".join(about(one) for one in found) + "\n"
-        text += (
-            "Change of the output against the dense kernel in use, as a share of its norm:\n\n" + gates(found) + "\n"
-        )
+        text += estimates(found)
+        text += f"Change of the output against the dense kernel in use, as a share of its norm:\n\n{gates(found)}\n"
         if any(one.case.get("profile") for one in found):
             text += "Where the milliseconds of a step go, by kernels:\n\n" + profiles(found) + "\n"
         for file, record in sorted(dict(source for one in found for source in one.sources).items()):
@@ -242,6 +289,7 @@ def presets() -> str:
 def pages() -> dict[Path, tuple[str, str]]:
     """The generated part of each page: its marker and what it holds."""
     found = {DOCS / "performance.md": ("models", performance()), DOCS / "presets.md": ("presets", presets())}
+    found[ROOT / "README.md"] = ("models", short())
     for name in FAMILIES:
         found[DOCS / "families" / f"{name}.md"] = ("speed", family(name))
     return found

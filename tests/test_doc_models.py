@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import doc_models
-from openvsa.bench.record import MODEL_SCHEMA
+import doc_performance
+from openvsa.bench.record import MODEL_SCHEMA, SCHEMA
 from openvsa.integrations.presets import Preset
 
 
@@ -18,16 +19,16 @@ def row(mode: str, density: float | None, ms: float, dense: float, **more: Any) 
     return {"mode": mode, "variant": name, "density": density, "ms": ms, "faster": dense / ms, **more}
 
 
-def record(date: str, name: str, sparse_ms: float, whole: str = "") -> dict[str, Any]:
+def record(date: str, name: str, sparse_ms: float, head_dim: int = 128) -> dict[str, Any]:
     rows = [
         row("attention", None, 10.0, 10.0), row("attention", 0.25, 4.0, 10.0), row("kernel", 0.25, 3.5, 10.0),
         row("host", None, 20.0, 20.0), row("host", 0.25, 30.0, 20.0),
         row("eager", None, 500.0, 500.0, peak_bytes=2**30), row("eager", 0.25, sparse_ms, 500.0, peak_bytes=2**31),
     ]  # fmt: skip
     case = {
-        "name": name, "note": "a model", "whole": whole, "grid": [2, 3, 4], "layers": 30, "dtype": "bfloat16",
+        "name": name, "note": "a model", "whole": "", "grid": [2, 3, 4], "layers": 30, "dtype": "bfloat16",
         "target": 1.6, "passed": True, "rows": rows, "gate": {"dense-flash": 5e-3, "density 1": 4e-3},
-        "attention": {"tile": [2, 3, 4], "tokens": 24, "heads": 2, "head_dim": 64},
+        "attention": {"tile": [2, 3, 4], "tokens": 24, "heads": 2, "head_dim": head_dim},
         "profile": [{"mode": "eager", "variant": "density 0.25", "groups": {"attention": 100.0, "linear": 50.0}}],
     }  # fmt: skip
     versions = {"torch": "2", "triton": "3", "cudnn": "9", "diffusers": "0.42"}
@@ -38,10 +39,11 @@ def record(date: str, name: str, sparse_ms: float, whole: str = "") -> dict[str,
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doc_models, "RESULTS", tmp_path)
+    monkeypatch.setattr(doc_performance, "RESULTS", tmp_path)
     for file, made in {
         "models-old.json": record("2026-01-01", "wan-1.3b-480p", 400.0),
         "models-new.json": record("2026-02-01", "wan-1.3b-480p", 250.0),
-        "models-part.json": record("2026-01-15", "wan-14b-720p", 200.0, "40"),
+        "models-part.json": record("2026-01-15", "wan-14b-720p", 200.0),
     }.items():
         (tmp_path / file).write_text(json.dumps(made))
 
@@ -93,3 +95,22 @@ def test_a_newer_file_with_less_of_a_mode_only_adds(tmp_path: Path) -> None:
     assert "| `wan-1.3b-480p` | 30 × attention | 300 (cudnn) |" in page
     assert "models-compiled.json" in page
     assert "models-new.json" in page
+
+
+@pytest.mark.usefixtures("results")
+def test_steps_against_another_dense_kernel_are_estimated(tmp_path: Path) -> None:
+    assert "Estimated" not in doc_models.performance()
+    rows = [
+        {"op": "attention", "contender": name, "kind": "dense", "plan": "-", "pass": "forward", "ms": ms}
+        for name, ms in (("dense-cudnn", 10.0), ("dense-fa4", 9.0))
+    ]
+    case = {"name": "s32k-d64", "passed": True, "rows": rows}
+    kernels = {"schema": SCHEMA, "date": "2026-01-01", "machine": {"device": "GPU"}, "cases": [case]}
+    (tmp_path / "bench-gpu.json").write_text(json.dumps(kernels))
+    newest = record("2026-04-01", "ltx", 1.0, head_dim=64)
+    newest["cases"][0]["rows"] = [
+        row("attention", None, 10.0, 10.0), row("eager", None, 500.0, 500.0), row("eager", 0.1, 235.0, 500.0)
+    ]  # fmt: skip
+    (tmp_path / "models-newest.json").write_text(json.dumps(newest))
+    # A tenth of 30 layers of 10 ms is saved.
+    assert "| `ltx` | eager | 0.90 | 470 | 2.00× |" in doc_models.performance()
