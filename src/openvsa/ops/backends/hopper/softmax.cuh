@@ -5,6 +5,37 @@
 constexpr float SLACK = 8.0f;
 constexpr float LN_2 = 0.6931471805599453f;
 
+// The largest score of each of a thread's two rows, over the quad that shares them, as integers, which the GPU compares
+// three at a time: numbers from 0 on are ordered like their bits. For a row of negative ones see `correct_most`.
+template <int N>
+__device__ __forceinline__ void find_most(const float (&s)[N], int (&most)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        most[r] = max(__float_as_int(s[2 * r]), __float_as_int(s[2 * r + 1]));
+#pragma unroll
+        for (int i = 1; i < N / 4; ++i)
+            most[r] = max(max(most[r], __float_as_int(s[4 * i + 2 * r])), __float_as_int(s[4 * i + 2 * r + 1]));
+        most[r] = max(most[r], __shfl_xor_sync(0xffffffffu, most[r], 1));
+        most[r] = max(most[r], __shfl_xor_sync(0xffffffffu, most[r], 2));
+    }
+}
+
+// Negative numbers are ordered the other way round, without a sign.
+template <int N>
+__device__ __forceinline__ void correct_most(const float (&s)[N], int (&most)[2]) {
+    if (!__any_sync(0xffffffffu, most[0] < 0 || most[1] < 0)) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        uint32 least = 0xffffffffu;
+#pragma unroll
+        for (int i = 0; i < N / 4; ++i)
+            least = min(min(least, __float_as_uint(s[4 * i + 2 * r])), __float_as_uint(s[4 * i + 2 * r + 1]));
+        least = min(least, __shfl_xor_sync(0xffffffffu, least, 1));
+        least = min(least, __shfl_xor_sync(0xffffffffu, least, 2));
+        if (most[r] < 0) most[r] = least;
+    }
+}
+
 struct Softmax {
     float max[2], sum[2];    // of a thread's two rows; sum is over the thread's own columns
     float factor[2];         // by which what was summed before must be multiplied
@@ -18,13 +49,13 @@ struct Softmax {
     // Scores become weights: N of them, of two rows.
     template <int N>
     __device__ __forceinline__ void step(float (&s)[N], float scale) {
+        int most[2];
+        find_most(s, most);
         rescale = false;
+        correct_most(s, most);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float top = s[2 * r];
-#pragma unroll
-            for (int i = 0; i < N / 4; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-            top = quad_max(top);
+            float top = __int_as_float(most[r]);
             factor[r] = 1;
             if (!((top - max[r]) * scale <= SLACK)) {
                 factor[r] = exp2_approx((max[r] - top) * scale);
