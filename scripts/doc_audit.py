@@ -79,12 +79,28 @@ def uniform_and_table(figures: AuditFigures) -> str:
     return runs + "\n" + table(["change of the prediction in step", "uniform", "table"], rows)
 
 
+def other_runs(_: AuditFigures) -> str:
+    """The same comparison in the other recorded audits."""
+
+    def run(found: SparseRun) -> str:
+        return f"{100 * found.latents_error:.2f} %, {found.quality.mean_psnr:.2f} dB"
+
+    rows = []
+    for path in sorted(AUDIT.parent.glob(f"{AUDIT.stem}-*.json")):
+        figures = AuditFigures.from_json(path.read_text())
+        assert figures.budgeted is not None
+        subject, share = figures.settings.subject, percent(figures.sparse.density)
+        rows.append([f"{subject}, `{path.name}`", share, run(figures.sparse), run(figures.budgeted)])
+    return table(["clip, file in `benchmarks/results`", "density", "uniform", "table"], rows)
+
+
 PARTS = {
     "command": made_by,
     "summary": summary,
     "layers": by_layer,
     "densities": by_density,
     "table": uniform_and_table,
+    "others": other_runs,
 }
 
 
