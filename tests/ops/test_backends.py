@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers import DEVICE, Case, equal_lens, expected, lattice_cases, make_inputs, offsets, random_lens, sample
 from openvsa import BlockPlan, UnsupportedError, block_sparse_attention
-from openvsa.ops.capability import Backend
+from openvsa.ops.capability import Backend, capability_of
 from openvsa.ops.registry import backends, choose
 from tolerance import FORWARD, GRADIENT, excess
 
@@ -321,8 +321,9 @@ def test_without_triton_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_auto_takes_the_first_that_can() -> None:
-    able = [backend for backend in backends() if not backend.unsupported_reasons(A_PROBLEM)]
-    assert choose(replace(A_PROBLEM, device_type=DEVICE.type)).name == able[0].name
+    problem = replace(A_PROBLEM, device_type=DEVICE.type, capability=capability_of(DEVICE))
+    able = [b for b in backends() if not b.unsupported_reasons(problem) and not b.auto_reasons(problem)]
+    assert choose(problem).name == able[0].name
 
 
 def test_auto_refuses_with_the_reasons_of_all() -> None:
