@@ -149,9 +149,9 @@ def test_larger_query_blocks_and_text() -> None:
 
 
 def test_interleaving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each round runs every call once, after one round that does not count."""
+    """Each round runs every call once and begins with another one, after one round that does not count."""
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
     times = run_module.time_interleaved(calls, CPU, 0.0)
-    assert order == ["a", "b"] * 3
+    assert order == ["a", "b", "a", "b", "b", "a"]
     assert times["a"].rounds == 2
