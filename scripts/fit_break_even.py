@@ -57,7 +57,7 @@ def fit(points: Sequence[Point], columns: int) -> list[float]:
 
 def constants(cases: Sequence[Measured]) -> dict[str, float] | None:
     """Of cases of one machine and head size; None if nothing of them can be used."""
-    dense, kernels, selections, hosts = [], [], [], []
+    dense, kernels, wholes, hosts = [], [], [], []
     for measured in cases:
         case, rows = measured.case, measured.rows(**{"pass": "forward"})
         elements = case["batch"] * case["tokens"] * case["heads"] * case["head_dim"]
@@ -74,17 +74,19 @@ def constants(cases: Sequence[Measured]) -> dict[str, float] | None:
             if kernel is None or pattern != "random":
                 continue
             kept = case.get("plans", {}).get(plan, {}).get("pairs") or pairs / float(density.removeprefix("1/"))
-            kernels.append(Point(kernel["ms"], (kept, 1.0)))
+            amounts = (kept, elements, tiles, 1.0)
+            kernels.append(Point(kernel["ms"], amounts))
             if whole:
-                selections.append(Point(max(whole["ms"] - kernel["ms"], 1e-6), (elements, tiles, 1.0)))
+                wholes.append(Point(whole["ms"], amounts))
                 hosts.append(whole["host_ms"])
     if not dense or not kernels:
         return None
-    (per_pair,), (per_kept, launch) = fit(dense, 1), fit(kernels, 2)
-    per_element, per_tile, overhead = fit(selections, 3)
+    # Where the whole op was not measured, selection counts as nothing.
+    per_kept, per_element, per_tile, overhead = fit(wholes or kernels, 4)
+    [per_pair] = fit(dense, 1)
     return {
         "dense_ms_per_pair": per_pair, "sparse_ms_per_pair": per_kept, "ms_per_element": per_element,
-        "ms_per_block_pair": per_tile, "overhead_ms": launch + overhead,
+        "ms_per_block_pair": per_tile, "overhead_ms": overhead,
         "host_ms": statistics.median(hosts) if hosts else 0.0,
     }  # fmt: skip
 
