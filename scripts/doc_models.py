@@ -8,6 +8,7 @@ Of each machine, model and mode the newest of the fullest files `benchmarks/resu
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from doc_tables import table, with_table
 from openvsa.bench.model_cases import MODELS
 from openvsa.bench.record import MODEL_SCHEMA, load
 from openvsa.evaluate.audit_figures import AuditFigures
+from openvsa.integrations.break_even import predict_on
 from openvsa.integrations.presets import PRESETS, Preset
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
+CONSTANTS = ROOT / "src" / "openvsa" / "integrations" / "break_even.json"
 
 # What is asked of the sparse step at this density, in cases that have a target.
 TARGET_DENSITY = 0.1
@@ -266,6 +269,15 @@ def generation(preset: Preset, one: MeasuredModel, mode: str) -> float | None:
     return preset.steps * dense["ms"] / total
 
 
+def speed_of(preset: Preset, one: MeasuredModel, mode: str) -> str:
+    """Of all steps where it is known, else of a sparse step; empty if neither was measured."""
+    where = f"`{one.case['name']}`, {mode}, {one.machine}"
+    if factor := generation(preset, one, mode):
+        return f"{factor:.2f}× ({where})"
+    step = one.sparse(mode).get(preset.density)
+    return f"a sparse step {step['faster']:.2f}× ({where}, {one.part})" if step and one.part else ""
+
+
 def presets() -> str:
     measured = newest_models()
     lines = []
@@ -274,12 +286,8 @@ def presets() -> str:
             first = preset.settings(None)["dense_first_steps"]
             layers = ", ".join(map(str, preset.dense_layers))
             what = [f"{preset.density:g}", f"{first} of {preset.steps}", layers]
-            speeds = [
-                f"{factor:.2f}× (`{one.case['name']}`, {mode}, {one.machine})"
-                for one in measured
-                for mode in MODES
-                if one.case["name"] in FAMILIES.get(name, ()) and (factor := generation(preset, one, mode))
-            ]
+            mine = [one for one in measured if one.case["name"] in FAMILIES.get(name, ())]
+            speeds = [speed for one in mine for mode in MODES if (speed := speed_of(preset, one, mode))]
         else:
             what, speeds = [f"{1 - preset.sparsity:g}", "none", "none"], []
         quality = "not measured: needs the weights; run `openvsa audit`"
@@ -292,10 +300,29 @@ def presets() -> str:
     return table(head, lines)
 
 
+def break_even() -> str:
+    """From how many tokens on sparse attention is expected to pay, by machine, heads and density."""
+    densities = (0.5, 0.25, 0.1)
+    lines = []
+    for machine in json.loads(CONSTANTS.read_text()):
+        for heads, head_dim, whose in ((12, 128, "Wan 1.3B"), (40, 128, "Wan 14B"), (32, 64, "LTX-Video")):
+            cells = [first_paying(machine, heads, head_dim, density) for density in densities]
+            lines.append([machine, f"{heads} of {head_dim} ({whose})", *cells])
+    return table(["machine", "heads", *(f"density {d:g}" for d in densities)], lines)
+
+
+def first_paying(machine: str, heads: int, head_dim: int, density: float) -> str:
+    """In steps of 128 tokens."""
+    counts = range(128, 131073, 128)
+    found = next((n for n in counts if predict_on(machine, n, heads, head_dim, density).pays), None)
+    return "never" if found is None else "any" if found == counts[0] else f"{found:,}"
+
+
 def pages() -> dict[Path, tuple[str, str]]:
     """The generated part of each page: its marker and what it holds."""
     found = {DOCS / "performance.md": ("models", performance()), DOCS / "presets.md": ("presets", presets())}
     found[ROOT / "README.md"] = ("models", short())
+    found[DOCS / "how-to" / "diffusers.md"] = ("break-even", break_even())
     for name in FAMILIES:
         found[DOCS / "families" / f"{name}.md"] = ("speed", family(name))
     return found

@@ -29,14 +29,14 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, constants: object) -> N
     file.write_text(json.dumps(constants))
     monkeypatch.setattr(break_even, "_FILE", file)
     break_even._constants.cache_clear()
-    break_even._predict.cache_clear()
+    break_even.predict_on.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def own_constants_afterwards() -> object:
     yield
     break_even._constants.cache_clear()
-    break_even._predict.cache_clear()
+    break_even.predict_on.cache_clear()
 
 
 def test_long_sequences_pay_and_short_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from openvsa.config import Budget, machine_fact
 
-__all__ = ["BLOCK_TOKENS", "Prediction", "objection", "predict", "share_of"]
+__all__ = ["BLOCK_TOKENS", "Prediction", "objection", "predict", "predict_on", "share_of"]
 
 _FILE = Path(__file__).with_name("break_even.json")
 # Tokens of a tile, about: TileLayout.fit and the tiles that were measured have up to 64.
@@ -59,11 +59,12 @@ def objection(device: str, tokens: int, heads: int, head_dim: int, density: floa
 def predict(device: str, tokens: int, heads: int, head_dim: int, density: float) -> Prediction:
     """What one attention call takes on a device (as torch names it: "cpu", "cuda:0"), keeping a share of all pairs of
     tiles. Of one sample: more of them make both as much slower, but for the host."""
-    return _predict(_name(device), tokens, heads, head_dim, density)
+    return predict_on(_name(device), tokens, heads, head_dim, density)
 
 
 @cache
-def _predict(name: str, tokens: int, heads: int, head_dim: int, density: float) -> Prediction:
+def predict_on(name: str, tokens: int, heads: int, head_dim: int, density: float) -> Prediction:
+    """`predict` for a machine by its name: "cpu", or a GPU as torch calls it."""
     known = _constants()
     kind = name if name in known else _TYPICAL_GPU
     by_head_dim = known[kind]["head_dims"]
