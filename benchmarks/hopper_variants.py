@@ -40,7 +40,7 @@ VARIANTS: dict[tuple[str, int], list[tuple[str, str | None, _Shape | None]]] = {
     ],
     ("dkv", 128): [
         ("as it is", None, None),
-        ("two teams of one", None, _Shape(2, 1, {"STAGES": 2}, 24, 240)),
+        ("a team of two shares tiles", None, _Shape(1, 2, {"STAGES": 5}, 24, 240)),
     ],
 }
 
