@@ -28,6 +28,7 @@ class Case:
 
     `share` is how likely a block is read. Row 1 reads nothing if `empty_row`. `size` multiplies q, k and v. Tensors are
     views into buffers of NaN if `poison`; `strides` names the order of dimensions in memory, last fastest.
+    `shift` is added to q and taken from k: scores are then about its negative square, times the root of head_dim.
     With `sampled`, only that many query blocks get gradients and are compared, so that long sequences stay cheap.
     """
 
@@ -43,6 +44,7 @@ class Case:
     share: float = 0.5
     empty_row: bool = False
     size: float = 1.0
+    shift: float = 0.0
     poison: bool = False
     strides: str = "bshd"
     sampled: int | None = None
@@ -113,13 +115,13 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
         rows = sorted({*picked, len(case.q_lens) - 1})
     touched = torch.ones(seq_q) if rows is None else torch.zeros(seq_q).index_fill(0, tokens_of(case.q_lens, rows), 1.0)
 
-    def make(seq: int, heads: int, size: float, weight: Tensor | None = None) -> Tensor:
-        x = torch.randn(case.batch, seq, heads, case.head_dim, generator=generator) * size
+    def make(seq: int, heads: int, size: float, weight: Tensor | None = None, shift: float = 0.0) -> Tensor:
+        x = torch.randn(case.batch, seq, heads, case.head_dim, generator=generator) * size + shift
         x = x if weight is None else x * weight[:, None, None]
         return place(x.to(dtype), case)
 
-    q = make(seq_q, case.heads, case.size)
-    k, v = (make(seq_kv, case.kv_heads, case.size) for _ in "kv")
+    q = make(seq_q, case.heads, case.size, shift=case.shift)
+    k, v = (make(seq_kv, case.kv_heads, case.size, shift=shift) for shift in (-case.shift, 0.0))
     grad_out = make(seq_q, case.heads, 1.0, touched)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     grad_lse = torch.randn(case.batch, case.heads, seq_q, generator=generator) * touched

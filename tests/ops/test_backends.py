@@ -35,6 +35,8 @@ CASES = (
     replace(BASE, name="gqa-4-to-2", heads=4, kv_heads=2, plan_heads=1),
     replace(BASE, name="size-4", size=4.0),
     replace(BASE, name="size-16", size=16.0, heads=4, kv_heads=1),
+    replace(BASE, name="negative-scores", shift=1.5, head_dim=64),
+    replace(BASE, name="negative-scores-wide", q_lens=(128, 70), kv_lens=(65, 128), shift=1.0, head_dim=128),
     replace(BASE, name="empty-row", empty_row=True, plan_heads=2),
     replace(BASE, name="nan-tails", poison=True, batch=2),
     replace(BASE, name="nan-tails-gqa-bhsd", poison=True, strides="bhsd", heads=4, kv_heads=1, empty_row=True),
