@@ -49,7 +49,7 @@ class DenseBy(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask")
-            call = {**dict(zip(names, args, strict=False)), **kwargs}
+            call = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
             if call["query"].shape[-2] == call["key"].shape[-2]:
                 return self.attend(call["query"], call["key"], call["value"])
         if func is Tensor.unflatten:

@@ -48,7 +48,8 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            # Of equal lengths: Dynamo in torch 2.9 compares them whatever `strict` says.
+            kwargs = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
             if kwargs["query"].shape[-2] != kwargs["key"].shape[-2]:
                 return func(**kwargs)
             self.calls += 1
@@ -120,7 +121,7 @@ class SparseProcessor:
             self.session.count_unseen(self)
             return
         names = call_names(type(self.inner))
-        arguments = {**dict(zip(names, (attn, *args), strict=False)), **kwargs}
+        arguments = {**dict(zip(names[: 1 + len(args)], (attn, *args)[: len(names)], strict=True)), **kwargs}
         if self.family.without_attention((), arguments):
             return
         backend = getattr(self.inner, "_attention_backend", None)

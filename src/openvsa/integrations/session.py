@@ -414,7 +414,7 @@ class Site:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook of the transformer."""
         session = self.session
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(self.names[: len(args)], args[: len(self.names)], strict=True)), **kwargs}
         sequence = self.family.sequence(module, (), arguments)
         timestep = self.family.timestep((), arguments)
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))

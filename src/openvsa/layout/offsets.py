@@ -86,7 +86,10 @@ class BlockOffsets:
 
     def block_of_token(self, device: torch.device) -> Tensor:
         """The block each token belongs to, int64 [S] on `device`."""
-        return self._cached(device, "block", lambda: torch.repeat_interleave(torch.tensor(self.lens)))
+        # The size is said because Dynamo does not look at the lengths.
+        return self._cached(
+            device, "block", lambda: torch.repeat_interleave(torch.tensor(self.lens), output_size=self.num_tokens)
+        )
 
     def padded_slots(self, device: torch.device) -> Tensor:
         """Token index of each slot of each block, int64 [N, max_len]; a slot past a block's end repeats its last

@@ -39,8 +39,8 @@ def reference_attention(
     slots = torch.where(planned, kv_indices, num_kv_blocks).long()
     block_mask = block_mask.scatter(-1, slots, True)[..., :num_kv_blocks]
 
-    q_block_of = torch.repeat_interleave(q_offsets.diff().long())
-    kv_block_of = torch.repeat_interleave(kv_offsets.diff().long())
+    q_block_of = torch.repeat_interleave(q_offsets.diff().long(), output_size=q.shape[1])
+    kv_block_of = torch.repeat_interleave(kv_offsets.diff().long(), output_size=k.shape[1])
     mask = block_mask[:, :, q_block_of][..., kv_block_of]
 
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale

@@ -83,7 +83,7 @@ class BlockPlan:
         """From a dense mask, bool [B|1, H|1, NQ, NK], True = compute.
 
         `max_blocks` bounds the True entries of any row and becomes K. Without it K is the longest row on the CPU,
-        and NK on other devices, where finding the longest row would mean waiting.
+        and NK on other devices, where finding the longest row would mean waiting, and in compiled code.
 
         Raises:
             PlanError: the mask is not bool, or does not match the offsets.

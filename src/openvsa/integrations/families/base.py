@@ -113,7 +113,8 @@ class Family(ABC):
 
 def argument(module: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], default: Any = None) -> Any:
     """An argument of the forward of `module` by its name, however it was passed."""
-    given = {**dict(zip(forward_names(type(module)), args, strict=False)), **kwargs} if args else kwargs
+    names = forward_names(type(module))
+    given = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs} if args else kwargs
     return given.get(name, default)
 
 
