@@ -109,3 +109,11 @@ def test_compiles_in_one_graph() -> None:
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.openvsa.test_scaled.default, (torch.randn(3, requires_grad=True), None, 2.0))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_maps_the_operator() -> None:
+    x = torch.randn(4, 3)
+    y, total = torch.func.vmap(lambda x: scaled(x, None, 2.0))(x)
+    torch.testing.assert_close(y, 2 * x)
+    torch.testing.assert_close(total, 2 * x.sum(-1))

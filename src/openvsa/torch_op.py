@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.nn import Parameter
 
 __all__ = ["torch_op"]
@@ -74,9 +75,9 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether someone wants to see the operator: a mode (checkpointing by operator, fakes, ...), or a tensor of another
-    class."""
-    if torch._C._len_torch_dispatch_stack():
+    """Whether someone wants to see the operator: a mode (checkpointing by operator, fakes, ...), a transform such as
+    vmap, or a tensor of another class."""
+    if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return True
     for x in args:  # noqa: SIM110 - a generator takes longer, and this runs in every call
         if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter:
