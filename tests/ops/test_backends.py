@@ -6,6 +6,7 @@ and must refuse with those reasons.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -263,6 +264,29 @@ def test_autocast_and_inference_mode_change_nothing(backend: Backend) -> None:
     assert agree(backend, grads, gradients(inputs, backend.name))
     with torch.inference_mode():
         assert same(run(), plain)
+
+
+def test_memory_that_the_cpu_kept_in_inference_mode_serves_training() -> None:
+    """In a new thread, which has kept nothing yet."""
+    case = replace(BASE, head_dim=32)
+    inputs = make_inputs(case, torch.float32)
+    q, k, v, grad_out, grad_lse = (x.cpu() for x in (*inputs[:3], inputs.grad_out, inputs.grad_lse))
+    plan, results = inputs.plan.to("cpu"), []
+
+    def work() -> None:
+        with torch.inference_mode():
+            first = block_sparse_attention(q, k, v, plan, backend="cpu", return_lse=True)
+        a, b, c = (x.detach().requires_grad_() for x in (q, k, v))
+        found = block_sparse_attention(a, b, c, plan, backend="cpu", return_lse=True)
+        results.append((first, found, torch.autograd.grad(found, (a, b, c), (grad_out, grad_lse))))
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(results) == 2
+    assert same(results[0][0], results[0][1])
+    assert same(results[0][2], results[1][2])
 
 
 @pytest.mark.parametrize("backend", [p for p in here() if p.id in ("cpu", "triton")])
