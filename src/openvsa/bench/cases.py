@@ -130,6 +130,7 @@ _ALL = (
     Case("cogvideox", (13, 30, 45), (4, 4, 4), prefix=226, heads=48, head_dim=64, note="CogVideoX 5B, 480p, with text"),
     Case("text-128k", (131072,), (64,), heads=8, kv_heads=2, plans=(PlanSpec("random"), PlanSpec("model")),
          note="a text model with grouped heads, no causal mask"),
+    Case("cpu-1k", (4, 16, 16), (4, 4, 4), **_CPU, note="short: what a call costs however little it computes"),
     Case("cpu-4k", (4, 32, 32), (4, 4, 4), **_CPU),
     Case("cpu-16k", (16, 32, 32), (4, 4, 4), **_CPU),
     Case("cpu-tiny", (3, 6, 7), (2, 4, 4), dtype="float32", heads=2, head_dim=16, device_type="cpu",
@@ -138,13 +139,14 @@ _ALL = (
 CASES = {case.name: case for case in _ALL}
 
 _EVERY_GPU_CASE = tuple(case.name for case in _ALL if case.device_type == "cuda")
+_CPU_SIZES = ("cpu-1k", "cpu-4k", "cpu-16k")
 SUITES = {
     "cuda": {
         "quick": ("s32k",),
         "flagship": ("s32k", "s32k-128x64", "s32k-128x128", "s32k-d64", "wan-480p"),
         "full": _EVERY_GPU_CASE,
     },
-    "cpu": {"quick": ("cpu-tiny",), "flagship": ("cpu-4k", "cpu-16k"), "full": ("cpu-tiny", "cpu-4k", "cpu-16k")},
+    "cpu": {"quick": ("cpu-tiny",), "flagship": _CPU_SIZES, "full": ("cpu-tiny", *_CPU_SIZES)},
 }
 
 
