@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from openvsa.errors import UnsupportedError
 from openvsa.torch_op import torch_op
 
 CALLS: list[int] = []
@@ -117,3 +119,26 @@ def test_vmap_maps_the_operator() -> None:
     y, total = torch.func.vmap(lambda x: scaled(x, None, 2.0))(x)
     torch.testing.assert_close(y, 2 * x)
     torch.testing.assert_close(total, 2 * x.sum(-1))
+
+
+def test_a_gradient_of_an_operator_without_one_is_refused() -> None:
+    x = torch.randn(3, requires_grad=True)
+    for y in (plain(x, None, 2.0)[0], torch.ops.openvsa.test_plain(x, None, 2.0)[0]):
+        with pytest.raises(UnsupportedError, match=r"openvsa::test_plain has no derivative.*'reference'"):
+            (y.sum() + x.sum()).backward()
+
+
+def test_a_forward_mode_derivative_is_refused() -> None:
+    x, tangent = torch.randn(3), torch.ones(3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        with pytest.raises(UnsupportedError, match="openvsa::test_scaled has no forward-mode derivative"):
+            scaled(dual, None, 2.0)
+        assert torch.equal(scaled(x, None, 2.0)[0], 2 * x)
+    with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: scaled(x, None, 2.0)[0], (x,), (tangent,))
+
+
+def test_gradients_of_torch_func_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"cannot be differentiated by torch\.func"):
+        torch.func.grad(lambda x: scaled(x, None, 2.0)[1])(torch.randn(3))

@@ -8,12 +8,15 @@ sparse attention makes several in every layer. Here an eager call that nobody wa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from openvsa.errors import UnsupportedError
 
 __all__ = ["torch_op"]
 
@@ -36,6 +39,10 @@ def torch_op(
         fake: the same for shapes and dtypes alone.
         save, differentiate: `setup_context` and `backward` of `torch.library.register_autograd`; None for an operator
             without gradients.
+
+    What no formula is known for is refused, where PyTorch would leave it out of the result: gradients of an operator
+    without any (of a gradient of attention, say), forward-mode derivatives, and those of torch.func. UnsupportedError
+    says so.
     """
     schema = torch.library.infer_schema(kernel, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -43,27 +50,42 @@ def torch_op(
     torch.library.register_kernel(qualified, None, kernel, lib=_LIBRARY)
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(torch.ops.openvsa, name).default
-    eager = None
-    if save is not None and differentiate is not None:
 
-        def below_autograd(*args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+    def no_gradient(ctx: Any, *grads: Any) -> NoReturn:
+        _refuse(qualified, "has no derivative", "where gradients of gradients are wanted, pass backend='reference'")
 
-        watched = _with_gradient(name, below_autograd, save, differentiate)
-        eager = _with_gradient(name, kernel, save, differentiate)
-        _LIBRARY.impl(
-            name, lambda *args: watched.apply(*args) if _needs_gradient(args) else below_autograd(*args), "Autograd"
-        )
+    save, differentiate = save or (lambda ctx, inputs, output: None), differentiate or no_gradient
+
+    def below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    watched = _with_gradient(name, below_autograd, save, differentiate)
+    eager = _with_gradient(name, kernel, save, differentiate)
+
+    def above_autograd(*args: Any) -> Any:
+        if _has_tangent(args):
+            _refuse(qualified, "has no forward-mode derivative", "differentiate backward instead")
+        if not _needs_gradient(args):
+            return below_autograd(*args)
+        if peek_interpreter_stack() is not None:
+            _refuse(qualified, "cannot be differentiated by torch.func", "use torch.autograd.grad or .backward()")
+        return watched.apply(*args)
+
+    _LIBRARY.impl(name, above_autograd, "Autograd")
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched(args):
             return op(*args)
-        if eager is not None and _needs_gradient(args):
+        if _needs_gradient(args):
             return eager.apply(*args)
         return kernel(*args)
 
     return call
+
+
+def _refuse(qualified: str, what: str, instead: str) -> NoReturn:
+    raise UnsupportedError(f"the operator {qualified} {what}; {instead}", {})
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:
@@ -74,10 +96,17 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
     return False
 
 
+def _has_tangent(args: tuple[Any, ...]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+    )
+
+
 def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether someone wants to see the operator: a mode (checkpointing by operator, fakes, ...), a transform such as
-    vmap, or a tensor of another class."""
-    if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+    vmap, forward-mode differentiation, or a tensor of another class."""
+    watched = torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0
+    if watched or peek_interpreter_stack() is not None:
         return True
     for x in args:  # noqa: SIM110 - a generator takes longer, and this runs in every call
         if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter:

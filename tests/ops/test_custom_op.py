@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers import Case, make_inputs, offsets
-from openvsa import BlockPlan, block_sparse_attention
+from openvsa import BlockPlan, UnsupportedError, block_sparse_attention
 from openvsa.ops import custom_op
 
 CASE = Case(
@@ -84,6 +84,19 @@ def test_without_gradients_no_transpose_is_made() -> None:
     assert "transpose_csr" not in plan._cache
     block_sparse_attention(q, k, v, plan, backend="cpu")
     assert "transpose_csr" in plan._cache
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_of_gradients_are_right_or_refused(backend: str) -> None:
+    q, k, v, plan, *_ = cpu_inputs(CASE)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = block_sparse_attention(*leaves, plan, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    if backend == "cpu":
+        with pytest.raises(UnsupportedError, match=r"attention_backward has no derivative.*backend='reference'"):
+            torch.autograd.grad(grad.square().sum(), leaves[2])
+    else:
+        assert torch.autograd.grad(grad.square().sum(), leaves[2])[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
