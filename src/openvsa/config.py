@@ -49,11 +49,15 @@ class Budget:
             )
         for name in ("keep_ratio", "top_p"):
             share = getattr(self, name)
-            if share is not None and not 0 < share <= 1:
+            if share is None:
+                continue
+            if not isinstance(share, int | float) or isinstance(share, bool):
+                raise BudgetError(f"{name} must be a number in (0, 1], got {share!r}")
+            if not 0 < share <= 1:
                 raise BudgetError(f"{name} must be in (0, 1], got {share}; 1 keeps everything")
         for name, least in (("top_k", 1), ("min_blocks", 1), ("max_blocks", 1), ("keep_first", 0)):
             count = getattr(self, name)
-            if count is not None and (not isinstance(count, int) or count < least):
+            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
                 raise BudgetError(f"{name} must be a whole number of blocks >= {least}, got {count}")
         if self.max_blocks is not None and self.max_blocks < self.min_blocks:
             raise BudgetError(

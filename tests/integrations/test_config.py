@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,23 @@ def test_a_file_says_only_what_is_not_default() -> None:
         ({"density": 0.1, "dense_first_steps": -1}, "dense_first_steps must be a whole number >= 0, got -1"),
         ({"density": 0.1, "reuse_steps": 0}, "reuse_steps must be a whole number >= 1, got 0"),
         ({"density": 0.1, "min_tokens": 1.5}, "min_tokens must be a whole number >= 0, got 1.5"),
+        ({"density": 0.1, "min_tokens": True}, "min_tokens must be a whole number >= 0, got True"),
+        ({"density": "0.1"}, r"must be a number in \(0, 1\], got '0.1'"),
+        ({"density": True}, "must be a number .*got True"),
+        ({"budget": 0.1}, "budget must be a Budget such as .* got 0.1; for a table of densities give it"),
+        ({"budget": "table.json"}, "budget must be a Budget"),
+        ({"density": 0.1, "tile": 4}, "tile must be whole numbers >= 1, one for each axis .* got 4"),
+        ({"density": 0.1, "tile": (0, 4, 4)}, "tile must be whole numbers >= 1"),
+        ({"density": 0.1, "tile": "444"}, "tile must be"),
+        ({"density": 0.1, "steps": [0.5]}, r"steps must be a mapping .* got \[0.5\]"),
+        ({"density": 0.1, "steps": {1: (0.5, 0.5)}}, "steps must be a mapping"),
+        ({"density": 0.1, "layers": {"a": ()}}, "layers must be a mapping"),
+        ({"density": 0.1, "layers": {0: 0.5}}, "layers must be a mapping"),
+        ({"density": 0.1, "dense_layers": "blocks.0.attn1"}, "dense_layers must be numbers or names"),
+        ({"density": 0.1, "dense_layers": (1.5,)}, "dense_layers must be"),
+        ({"density": 0.1, "selector": PooledTopK}, r"selector must be a selector such as PooledTopK\(\)"),
+        ({"density": 0.1, "backend": "cuda"}, "backend must be 'auto' or one of .*hopper.* got 'cuda'"),
+        ({"density": 0.1, "strict": "false"}, "strict must be True or False; got 'false'"),
     ],
 )
 def test_mistakes_are_named(wrong: dict[str, Any], said: str) -> None:
@@ -70,7 +89,10 @@ def test_mistakes_are_named(wrong: dict[str, Any], said: str) -> None:
         ("{", "cannot be parsed"),
         ('{"density": 0.1, "sparsity": 0.9}', "unknown settings sparsity; known are density"),
         ('{"density": 0.1, "selector": {"name": "Best"}}', "PooledTopK.*got 'Best'"),
-        ('{"density": "much"}', "no settings of sparsify"),
+        ('{"density": "much"}', "must be a number"),
+        ('{"density": 0.1, "steps": {"first": 0.5}}', "no settings of sparsify"),
+        ('{"budget": 0.1}', "no settings of sparsify"),
+        ('{"density": 0.1, "dense_layers": "blocks.0.attn1"}', "dense_layers must be"),
     ],
 )
 def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
@@ -80,6 +102,24 @@ def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
         SparsityConfig.load(path)
     with pytest.raises(openvsa.OpenVSAError, match="cannot read"):
         SparsityConfig.load(tmp_path / "none.json")
+
+
+def test_a_file_may_name_a_selector_alone(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("density: 0.1\nselector: PooledTopK\n")
+    assert SparsityConfig.load(path) == SparsityConfig(density=0.1)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(openvsa.OpenVSAError, match="cannot write the settings"):
+        SparsityConfig(density=0.1).save(tmp_path / "none" / "settings.json")
+
+
+def test_settings_and_tables_go_to_other_processes() -> None:
+    table = BudgetTable(0.5, {"blocks.0.attn1": (0.25, 0.75)}, tile=(1, 2, 2))
+    for value in (FULL, SparsityConfig(density=0.1), table):
+        assert pickle.loads(pickle.dumps(value)) == value
+        assert copy.deepcopy(value) == value
 
 
 def test_a_selector_of_ones_own_cannot_be_written() -> None:
@@ -108,6 +148,29 @@ def test_sparsify_takes_a_config_or_a_table_alone(tmp_path: Path) -> None:
     for extra in ({"density": 0.5}, {"tile": (1, 2, 2)}, {"backend": "cpu"}):
         with pytest.raises(openvsa.BudgetError, match="part of a config"):
             openvsa.sparsify(model, config=SparsityConfig(density=0.5), **extra)
+
+
+@pytest.mark.parametrize("config", [{"density": 0.5}, "wan", Budget(top_k=2)])
+def test_settings_of_another_type_are_refused(config: Any) -> None:
+    model = tiny_wan()
+    with pytest.raises(openvsa.OpenVSAError, match="config must be a SparsityConfig, got"):
+        openvsa.sparsify(model, config=config)
+    with openvsa.sparsify(model, 0.5) as handle, pytest.raises(openvsa.OpenVSAError, match="must be a SparsityConfig"):
+        handle.config = config
+    for budget in (0.5, {"top_k": 2}):
+        with pytest.raises(openvsa.BudgetError, match="budget must be a Budget"):
+            openvsa.sparsify(model, budget=budget)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_budget_that_a_table_would_hide_is_refused() -> None:
+    model = tiny_wan()
+    table = BudgetTable(0.5, {"blocks.0.attn1": (0.25, 0.75), "blocks.1.attn1": (0.5, 0.5)})
+    with openvsa.sparsify(model, budget=table) as handle:
+        with pytest.raises(openvsa.BudgetError, match=r"every layer has a density of its own .* set handle\.config"):
+            handle.density = 0.9
+        handle.config = SparsityConfig(density=0.5, layers={"blocks.0.attn1": 0.25})
+        handle.density = 0.9
+        assert handle.density == 0.9
 
 
 def test_the_handle_changes_settings_while_it_is_on() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,15 @@ def test_a_copy_of_an_attached_model_is_attached_on_its_own() -> None:
     handle.detach()
     assert torch.equal(run(model), dense)
     assert torch.equal(run(twin), sparse)
+
+
+def test_an_attached_model_cannot_be_pickled_and_says_so() -> None:
+    model = tiny_wan()
+    with attach(model) as handle:
+        for what in (model, handle):
+            with pytest.raises(openvsa.OpenVSAError, match="cannot be pickled: detach its handle first"):
+                torch.save(what, io.BytesIO())
+    torch.save(model, io.BytesIO())
 
 
 def test_adapters_before_and_after_attaching() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,16 @@ def test_the_clock_goes_by_level_alone() -> None:
     assert said == [(0, True), (0, False), (1, False), (2, False), (0, True), (1, False), (0, True)]
 
 
+def test_another_schedule_begins_a_generation() -> None:
+    """Also at a noise level that would be the next step of the one before."""
+    clock, first, second = StepClock(), torch.tensor([9, 5]), torch.tensor([9, 5])
+    said = [clock.tick(level, (2, 2), of) for level, of in ((9, first), (5, first), (5, second), (1, second))]
+    assert said == [True, False, True, False]
+    assert clock.step == 1
+    del second
+    assert clock.tick(0, (2, 2), torch.tensor([9, 5]))
+
+
 def test_dense_first_steps_are_bit_identical_and_begin_again_with_a_generation() -> None:
     model = tiny_wan()
     dense = {level: run(model, level) for level in LEVELS}
@@ -58,7 +69,13 @@ def test_dense_last_steps_need_the_scheduler() -> None:
         assert [one == 1 for one in found] == [False] * 4 + [True]
         pipe.scheduler.begin_index = 2  # video to video, begun midway
         same = [torch.equal(run(model, level), dense[level]) for level in LEVELS[2:]]
-    assert same == [False, False, True]
+        assert same == [False, False, True]
+        # The scheduler counts that the pipeline has at the time.
+        pipe.scheduler = SimpleNamespace(timesteps=torch.tensor(LEVELS[:2]))
+        assert [torch.equal(run(model, level), dense[level]) for level in LEVELS[:2]] == [False, True]
+        pipe.scheduler = None
+        with pytest.raises(openvsa.UnsupportedError, match="or its scheduler, is gone"):
+            run(model, 900.0)
 
 
 def test_densities_by_step_and_by_layer() -> None:
@@ -125,6 +142,24 @@ def test_plans_serve_several_steps_of_their_own_branch() -> None:
     assert plans_made(config, [(900.0, positive, small), (700.0, positive, (3, 5, 7))]) == [True, True]
     assert plans_made(config, [(900.0, positive, small), (700.0, text(2), small)]) == [True, True]
     assert plans_made(config, [(900.0, positive, small), (700.0, positive.clone(), small)]) == [True, True]
+
+
+def test_plans_do_not_outlive_a_generation_of_one_step() -> None:
+    """The caller may keep the prompt, and the next generation begins at the same noise level."""
+    prompt, small = text(), (3, 4, 6)
+    config = SparsityConfig(density=0.3, tile=(1, 2, 2), reuse_steps=2)
+    assert plans_made(config, [(900.0, prompt, small)] * 3) == [True] * 3
+
+
+def test_the_pipeline_is_not_kept_alive() -> None:
+    class Pipe:
+        transformer, scheduler = tiny_wan(), SimpleNamespace(timesteps=torch.tensor(LEVELS))
+
+    pipe = Pipe()
+    gone = weakref.ref(pipe)
+    with openvsa.sparsify(pipe, config=SparsityConfig(density=0.3, dense_last_steps=1)):
+        del pipe
+        assert gone() is None
 
 
 def test_reused_plans_are_those_of_the_step_that_made_them() -> None:

@@ -15,6 +15,7 @@ import openvsa.select as selectors
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, OpenVSAError, require
 from openvsa.integrations.presets import PRESETS
+from openvsa.ops.registry import backends
 from openvsa.select import PooledTopK, Selector
 
 __all__ = ["SparsityConfig"]
@@ -47,8 +48,8 @@ class SparsityConfig:
         strict: raise where attention cannot be sparse. False warns once for each layer and leaves that call dense.
 
     Raises:
-        BudgetError: a density is out of range, or not exactly one of density and budget is given.
-        OpenVSAError: another number is out of range.
+        BudgetError: a density is no number or out of range, or not exactly one of density and budget is given.
+        OpenVSAError: another setting is out of range or of another type.
     """
 
     density: float | None = None
@@ -68,14 +69,18 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         if (self.density is None) == (self.budget is None):
             raise BudgetError(f"give either density or budget, got density={self.density} and budget={self.budget}")
+        if not isinstance(self.budget, Budget | None):
+            raise BudgetError(
+                f"budget must be a Budget such as Budget(top_k=32), got {self.budget!r}; for a table of densities give "
+                "it, or its file, to sparsify"
+            )
         for name, least in (("dense_first_steps", 0), ("dense_last_steps", 0), ("min_tokens", 0), ("reuse_steps", 1)):
             value = getattr(self, name)
             if value is None and name == "min_tokens":
                 continue
-            if not isinstance(value, int) or value < least:
+            if not _is_whole(value, least):
                 raise OpenVSAError(f"{name} must be a whole number >= {least}, got {value!r}")
-        if not all(isinstance(step, int) and step >= 0 for step in self.steps):
-            raise OpenVSAError(f"steps must be numbered by whole numbers >= 0, got {list(self.steps)}")
+        self._check_types()
         layers = {name: tuple(of) if isinstance(of, list | tuple) else of for name, of in self.layers.items()}
         object.__setattr__(self, "layers", MappingProxyType(layers))
         object.__setattr__(self, "steps", MappingProxyType(dict(self.steps)))
@@ -88,8 +93,40 @@ class SparsityConfig:
         object.__setattr__(self, "_by_step", by_step)
         object.__setattr__(self, "_by_layer", {name: self._of(share) for name, share in layers.items()})
 
+    def _check_types(self) -> None:
+        """What a file, or a hurried caller, gets wrong, before it does harm in the middle of a generation."""
+        wanted = {
+            "tile": "whole numbers >= 1, one for each axis of the lattice, such as (4, 4, 4)",
+            "steps": "a mapping from steps, whole numbers >= 0, to densities, such as {0: 0.5}",
+            "layers": "a mapping from names of layers to a density, or to one for each head",
+            "dense_layers": "numbers or names of layers, such as (0, 'blocks.1.attn1')",
+            "selector": "a selector such as PooledTopK()",
+            "backend": f"'auto' or one of {', '.join(backend.name for backend in backends())}",
+            "strict": "True or False",
+        }
+        right = {
+            "tile": self.tile is None or (_is_list(self.tile) and all(_is_whole(side, 1) for side in self.tile)),
+            "steps": isinstance(self.steps, Mapping)
+            and all(_is_whole(step, 0) and not _is_list(of) for step, of in self.steps.items()),
+            "layers": isinstance(self.layers, Mapping)
+            and all(isinstance(name, str) and (not _is_list(of) or of) for name, of in self.layers.items()),
+            "dense_layers": _is_list(self.dense_layers)
+            and all(isinstance(layer, str) or _is_whole(layer) for layer in self.dense_layers),
+            "selector": callable(self.selector) and not isinstance(self.selector, type),
+            "backend": self.backend in {"auto", *(backend.name for backend in backends())},
+            "strict": isinstance(self.strict, bool),
+        }
+        for name, fine in right.items():
+            if not fine:
+                raise OpenVSAError(f"{name} must be {wanted[name]}; got {getattr(self, name)!r}")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityConfig:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which cannot take the read-only mappings."""
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return _from_values, (values | {"steps": dict(self.steps), "layers": dict(self.layers)},)
 
     @classmethod
     def preset(cls, name: str, *, steps: int | None = None, **changes: Any) -> SparsityConfig:
@@ -211,22 +248,28 @@ class SparsityConfig:
                 values["budget"] = Budget(**values["budget"])
             if "selector" in values:
                 values["selector"] = _selector_from_dict(values["selector"])
-            for name in ("tile", "dense_layers"):
-                if values.get(name) is not None:
-                    values[name] = tuple(values[name])
             # The keys of a JSON object are strings.
             values["steps"] = {int(step): share for step, share in values.get("steps", {}).items()}
             return cls(**values)
-        except (TypeError, AttributeError) as error:
+        except OpenVSAError:
+            raise
+        except (TypeError, AttributeError, ValueError) as error:
             raise OpenVSAError(f"these are no settings of sparsify: {error}") from None
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write `to_dict` as JSON, or as YAML if the name ends in .yaml or .yml (needs the package PyYAML)."""
+        """Write `to_dict` as JSON, or as YAML if the name ends in .yaml or .yml (needs the package PyYAML).
+
+        Raises:
+            OpenVSAError: the file cannot be written, or as in `to_dict`.
+        """
         if _is_yaml(path):
             text = require("yaml", extra="diffusers").safe_dump(self.to_dict(), sort_keys=False)
         else:
             text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OpenVSAError(f"cannot write the settings {str(path)!r}: {error}") from None
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SparsityConfig:
@@ -253,6 +296,18 @@ class SparsityConfig:
         return cls.from_dict(values)
 
 
+def _from_values(values: dict[str, Any]) -> SparsityConfig:
+    return SparsityConfig(**values)
+
+
+def _is_whole(value: Any, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
 def _is_yaml(path: str | PathLike[str]) -> bool:
     return Path(path).suffix.lower() in (".yaml", ".yml")
 
@@ -270,7 +325,7 @@ def _selector_to_dict(selector: Selector) -> dict[str, Any]:
 
 
 def _selector_from_dict(values: Mapping[str, Any]) -> Selector:
-    values = dict(values)
+    values = dict(values) if isinstance(values, Mapping) else {"name": values}
     name = values.pop("name", None)
     known = [one for one in selectors.__all__ if dataclasses.is_dataclass(getattr(selectors, one))]
     if name not in known:

@@ -8,6 +8,7 @@ from token counts.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
@@ -74,6 +75,10 @@ def sparsify(
             f"give either density or budget or config, got density={density}, budget={budget} and config={config}; "
             "tile, selector, backend and min_tokens are part of a config"
         )
+    if config is not None and not isinstance(config, SparsityConfig):
+        raise OpenVSAError(
+            f"config must be a SparsityConfig, got {config!r}; SparsityConfig.from_dict, .load and .preset make one"
+        )
     if config is None:
         table = BudgetTable.load(budget) if isinstance(budget, str | PathLike) else budget
         layers: Any = {}
@@ -112,7 +117,7 @@ def attach(
     Raises:
         UnsupportedError, OpenVSAError: as in `sparsify`.
     """
-    session = Session(config, tile, measure, scheduler=getattr(model, "scheduler", None))
+    session = Session(config, tile, measure, pipeline=_weakly(model))
     found: list[tuple[Any, Family, list[tuple[nn.Module, SparseProcessor]]]] = []
     names: list[str] = []
     for part, transformer in _transformers(model):
@@ -164,6 +169,8 @@ class SparseHandle:
     def config(self, value: SparsityConfig) -> None:
         if self._session.config is None:
             raise OpenVSAError("an observed model stays dense: use sparsify to give it a budget")
+        if not isinstance(value, SparsityConfig):
+            raise OpenVSAError(f"config must be a SparsityConfig, got {value!r}")
         _settle(self._session, self._sites, self._names, value)
 
     @property
@@ -184,6 +191,11 @@ class SparseHandle:
     def budget(self, value: Budget) -> None:
         if self.config is None:
             raise OpenVSAError("an observed model stays dense: use sparsify to give it a budget")
+        if set(self._names) <= set(self.config.layers):
+            raise BudgetError(
+                "every layer has a density of its own (config.layers), so another budget would change nothing; set "
+                "handle.config, or detach and sparsify again"
+            )
         self.config = dataclasses.replace(self.config, density=None, budget=value)
 
     def on_attention(self, callback: AttentionCallback) -> None:
@@ -211,7 +223,7 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
     if config is not None:
         dense = config.check_layers(names)
         check_settings(config, session.branch is not None)
-        if config.dense_last_steps and getattr(session.scheduler, "timesteps", None) is None:
+        if config.dense_last_steps and session.timesteps is None:
             raise UnsupportedError(
                 "dense_last_steps needs to know how many steps there are: give sparsify the pipeline, whose scheduler "
                 "has the timesteps, not its transformer",
@@ -221,6 +233,14 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
             site.dense_layers = dense
     session.config = config
     session.branches.clear()
+
+
+def _weakly(model: Any) -> Callable[[], Any]:
+    """A way to the model that does not keep it: whoever keeps the transformer of a pipeline may drop the rest."""
+    try:
+        return weakref.ref(model)
+    except TypeError:  # some classes cannot be referred to weakly
+        return lambda: model
 
 
 def _set_processor(attn: Any, processor: Any) -> None:

@@ -35,7 +35,7 @@ class Preset:
 
     def settings(self, steps: int | None) -> dict[str, Any]:
         """The arguments of a SparsityConfig, for so many steps."""
-        if steps is not None and (not isinstance(steps, int) or steps < 1):
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
             raise OpenVSAError(f"steps must be a whole number >= 1, got {steps!r}")
         return {
             "density": self.density,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvsa.config import Budget
-from openvsa.errors import BudgetError, ShapeError, UnsupportedError
+from openvsa.errors import BudgetError, OpenVSAError, ShapeError, UnsupportedError
 from openvsa.integrations.break_even import objection, share_of
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, Hoist, Sequence
@@ -112,13 +114,30 @@ class Session:
     tile: tuple[int, ...] | None
     measure: bool
     branch: Branch | None = None
-    scheduler: Any = None
+    pipeline: Callable[[], Any] = lambda: None
     callbacks: list[AttentionCallback] = field(default_factory=list)
     tallies: dict[int, Tally] = field(default_factory=dict)
     forward: Forward | None = None
     clock: StepClock = field(default_factory=StepClock)
     branches: Branches = field(default_factory=Branches)
     _layouts: OrderedDict[tuple[Any, ...], TileLayout] = field(default_factory=OrderedDict)
+
+    @property
+    def timesteps(self) -> Tensor | None:
+        """Those of the scheduler that the pipeline has now; None without a pipeline, or if it is gone."""
+        return getattr(getattr(self.pipeline(), "scheduler", None), "timesteps", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise OpenVSAError(
+            "an attached model cannot be pickled: detach its handle first, or use save_pretrained, which saves the "
+            "model as if nothing were attached"
+        )
 
     def watches(self) -> bool:
         """Whether calls are measured or shown to anyone. Never inside torch.compile or the capture of a CUDA graph."""
@@ -485,9 +504,7 @@ class Site:
         if config.needs_steps:
             step = self._step(sequence, timestep)
             if config.dense_last_steps:
-                # Video to video begins midway.
-                first = getattr(session.scheduler, "begin_index", None) or 0
-                num_steps = len(session.scheduler.timesteps[first:].unique())
+                num_steps = self._num_steps()
             if config.reuse_steps > 1:
                 reuse = self._plans_of(step, config.reuse_steps, (sequence, len(self.processors)), condition)
         forward = session.forward
@@ -539,16 +556,28 @@ class Site:
                 "Call transformer.eval(), or leave out steps, dense_first_steps, dense_last_steps and reuse_steps",
                 {},
             )
-        if self.session.clock.tick(float(timestep.max()), sequence.grid):
+        if self.session.clock.tick(float(timestep.max()), sequence.grid, self.session.timesteps):
             self.session.branches.clear()
         return self.session.clock.step
+
+    def _num_steps(self) -> int:
+        timesteps = self.session.timesteps
+        if timesteps is None:
+            raise UnsupportedError(
+                "dense_last_steps needs the scheduler of the pipeline that was given to sparsify, and that pipeline, "
+                "or its scheduler, is gone; keep it, or leave out dense_last_steps",
+                {},
+            )
+        # Video to video begins midway.
+        return len(timesteps[getattr(self.session.pipeline().scheduler, "begin_index", None) or 0 :].unique())
 
     def _plans_of(self, step: int, serves: int, about: tuple[Any, ...], condition: Tensor | None) -> _Reuse | None:
         branches = self.session.branches
         shape = None if condition is None else condition.shape[0]
         about = (*about, shape, self.transformer is not None and id(self.transformer))
         found: _Reuse | None = branches.find(condition)
-        if found is None or found.about != about or step - found.step >= serves:
+        # A second forward in the step that made the plans may be of another generation that begins at the same level.
+        if found is None or found.about != about or not 0 < step - found.step < serves:
             found = _Reuse(step, about, {})
             branches.keep(condition, found)
         for kept in found.layers.values():

@@ -12,16 +12,24 @@ __all__ = ["Branches", "StepClock"]
 
 class StepClock:
     """Steps of one generation. A forward at the same noise level belongs to the same step, a lower level is the next
-    step, and a higher level, or another lattice, begins a new generation."""
+    step, and a higher level, another lattice, or another schedule begins a new generation."""
 
     def __init__(self) -> None:
         self.step = -1
         self._level: float | None = None
         self._grid: tuple[int, ...] | None = None
+        self._schedule: weakref.ref[Tensor] | None = None
 
-    def tick(self, level: float, grid: tuple[int, ...]) -> bool:
-        """Take note of a forward; True if it begins a generation."""
+    def tick(self, level: float, grid: tuple[int, ...], schedule: Tensor | None = None) -> bool:
+        """Take note of a forward; True if it begins a generation.
+
+        `schedule` is the timesteps of the pipeline's scheduler, if there is one. Pipelines make them anew for every
+        generation, which tells one that begins at a low noise level from the rest of one that was interrupted.
+        """
         fresh = self._level is None or level > self._level or grid != self._grid
+        if schedule is not None and (self._schedule is None or self._schedule() is not schedule):
+            fresh = True
+            self._schedule = weakref.ref(schedule)
         if fresh:
             self.step = 0
         elif level != self._level:

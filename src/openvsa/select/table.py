@@ -45,6 +45,10 @@ class BudgetTable:
             if not heads or not all(0 < share <= 1 for share in heads):
                 raise BudgetError(f"densities of a budget table must be in (0, 1], got {list(heads)} for {name!r}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copies, which cannot take the read-only mapping."""
+        return type(self), (self.density, dict(self.layers), self.tile)
+
     @property
     def mean(self) -> float:
         """The mean of all entries."""
