@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from openvsa.ops import registry
 from openvsa.ops.capability import Backend
 from openvsa.ops.registry import backends, choose
 
+CPU = torch.device("cpu")
 QUESTION = Question()
 QUESTIONS = (
     QUESTION,
@@ -56,15 +58,37 @@ def test_each_backend_is_listed_with_every_reason(backend: Backend, question: Qu
     report = examined(question).split("backends on cpu")[1]
     rows = "\n".join(rows_of(report, backend.name))
     for at, training in ((2, False), (3, True)):
-        problem = question.problem("cpu", training=training)
+        problem = question.problem(CPU, training=training)
         reasons, left_out = backend.unsupported_reasons(problem), backend.auto_reasons(problem)
         assert all(reason in rows for reason in reasons or left_out)
         assert cells_of(report, backend.name)[at] == ("no" if reasons else "by name" if left_out else "yes")
 
 
 def test_it_says_which_one_auto_takes() -> None:
-    problem = QUESTION.problem("cpu", training=False)
+    problem = QUESTION.problem(CPU, training=False)
     assert cells_of(examined(), "auto")[2:4] == [f"takes {choose(problem).name}"] * 2
+
+
+def test_every_kind_of_gpu_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two H100 and a V100 between them: each kind once, by its own capability."""
+    capabilities = [(9, 0), (7, 0), (9, 0)]
+
+    def properties(index: int) -> SimpleNamespace:
+        major, minor = capabilities[index]
+        return SimpleNamespace(name=f"gpu {index}", total_memory=2**34, major=major, minor=minor)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    report = examined()
+    assert report.count("backends on") == 3
+    _, first, second = report.split("backends on ")[1:]
+    assert first.startswith("cuda:0")
+    assert cells_of(first, "hopper")[2] == "yes"
+    assert second.startswith("cuda:1")
+    assert "compute capability 9.0 (H100, H200), not (7, 0)" in "".join(rows_of(second, "hopper"))
+    assert "compute capability 8.0 or newer, not (7, 0)" in "".join(rows_of(second, "triton"))
 
 
 def test_a_backend_that_auto_leaves_out_can_be_had_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,7 @@ def test_keys_that_no_plan_reads_get_no_gradient() -> None:
         ((2, S, 4, 16), (1, S, 2, 16), (1, S, 2, 16), "q and k must agree in batch and head_dim"),
         ((2, S, 4, 16), (2, S, 2, 8), (2, S, 2, 8), "q and k must agree in batch and head_dim"),
         ((2, S, 4, 16), (2, S, 3, 16), (2, S, 3, 16), "the 4 heads of q must be a multiple of the 3 heads of k"),
+        ((2, S, 4, 0), (2, S, 2, 0), (2, S, 2, 0), "q and k must have a head_dim of 1 or more, got"),
         ((2, S, 4, 16), (2, S, 0, 16), (2, S, 0, 16), "the 4 heads of q must be a multiple of the 0 heads of k"),
     ],
 )
@@ -127,6 +128,19 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         block_sparse_attention(q, k, v, plan_of((2, 2)))
     with pytest.raises(PlanError, match=r"the plan is on meta, but q is on .*plan\.to\(q\.device\)"):
         block_sparse_attention(q, k, v, plan_of().to("meta"))
+
+
+@pytest.mark.parametrize("plan", [None, torch.ones(1, 1, 4, 4, dtype=torch.bool)])
+def test_what_is_no_plan_is_refused(plan: object) -> None:
+    with pytest.raises(PlanError, match=r"must be a BlockPlan, got (NoneType|Tensor);.*from_flex_block_mask"):
+        block_sparse_attention(*qkv(), plan)  # pyright: ignore[reportArgumentType]
+
+
+def test_meta_tensors_give_shapes() -> None:
+    q, k, v = (x.to("meta").requires_grad_() for x in qkv())
+    out, lse = block_sparse_attention(q, k, v, plan_of().to("meta"), return_lse=True)
+    assert (out.device.type, out.shape, lse.shape) == ("meta", q.shape, (2, 4, S))
+    assert torch.autograd.grad(out.sum() + lse.sum(), k)[0].shape == k.shape
 
 
 def test_a_backend_that_cannot_is_refused_with_reasons() -> None:

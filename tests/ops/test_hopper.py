@@ -97,6 +97,9 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == "cuda-core not installed (pip install 'openvsa[hopper]')"
     with pytest.raises(UnsupportedError, match=r"openvsa\[hopper\]"):
         registry.choose(PROBLEM, "hopper")
+    monkeypatch.setattr(registry, "_installed_version", lambda name: "0.3.2")
+    (found,) = reasons(PROBLEM)
+    assert found == "needs cuda-core 1.0 or newer, not 0.3.2 (pip install 'openvsa[hopper]')"
 
 
 def test_the_order_in_which_auto_asks() -> None:

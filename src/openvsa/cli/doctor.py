@@ -48,17 +48,17 @@ class Question:
     tokens: int = 32768
     heads: int = 12
 
-    def problem(self, device_type: str, *, training: bool) -> Problem:
-        """As the registry sees it, for tensors on a device of this type."""
+    def problem(self, device: torch.device, *, training: bool) -> Problem:
+        """As the registry sees it, for tensors on `device`."""
         sizes = self.block.split("x")
         if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
             raise ShapeError(f"block must be a number of tokens such as 64, or two such as 128x64, got {self.block!r}")
-        dtype = getattr(torch, self.dtype or ("float32" if device_type == "cpu" else "bfloat16"), None)
+        dtype = getattr(torch, self.dtype or ("float32" if device.type == "cpu" else "bfloat16"), None)
         if not isinstance(dtype, torch.dtype):
             raise ShapeError(f"dtype must be the name of a torch dtype such as bfloat16, got {self.dtype!r}")
         return Problem(
-            device_type=device_type,
-            capability=capability_of(torch.device(device_type)),
+            device_type=device.type,
+            capability=capability_of(device),
             dtype=dtype,
             head_dim=self.head_dim,
             head_dim_v=self.head_dim,
@@ -77,12 +77,17 @@ class Question:
 
 def examine(console: Console, question: Question) -> None:
     """Print versions, extras, and per backend whether it can run `question` here with every reason why not."""
-    tables = [_backends(device_type, question) for device_type in _device_types()]
+    tables = [_backends(device, question) for device in _devices()]
     console.print(_versions(), _extras(), *tables)
 
 
-def _device_types() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+def _devices() -> list[torch.device]:
+    """The CPU, and the first GPU of every kind: what can run does not differ between equal ones."""
+    gpus = [
+        torch.device("cuda", index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ]
+    first = {torch.cuda.get_device_capability(gpu): gpu for gpu in reversed(gpus)}
+    return [torch.device("cpu"), *sorted(first.values(), key=lambda gpu: gpu.index)]
 
 
 def _installed(distribution: str) -> str | None:
@@ -123,14 +128,14 @@ def _extras() -> Table:
     return table
 
 
-def _backends(device_type: str, question: Question) -> Table:
-    inference, training = (question.problem(device_type, training=grad) for grad in (False, True))
+def _backends(device: torch.device, question: Question) -> Table:
+    inference, training = (question.problem(device, training=grad) for grad in (False, True))
     form = (
         f"blocks of {question.block}{' and fewer' if question.ragged else ''} tokens, head_dim {inference.head_dim}, "
         f"{str(inference.dtype).removeprefix('torch.')}, {question.tokens:,} tokens, {question.heads} heads"
     )
     table = Table(
-        "backend", "inference", "training", "why not", title=f"backends on {device_type}, in the order of auto\n{form}"
+        "backend", "inference", "training", "why not", title=f"backends on {device}, in the order of auto\n{form}"
     )
     for backend in backends():
         reasons, when_training = _reasons(backend, inference), _reasons(backend, training)

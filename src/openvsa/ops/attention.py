@@ -99,7 +99,7 @@ def attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     run = _choose(q, k, v, plan, backend).run
     device_type = q.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta tensors know no autocast
         # Backends choose their precision themselves: autocast would round their fp32 intermediates.
         with torch.autocast(device_type, enabled=False):
             out, lse = run(q, k, v, plan, scale)
@@ -141,6 +141,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         and q_shape[0] == k_shape[0]
         and q_shape[3] == k_shape[3]
         and k_shape[2]
+        and k_shape[3]
         and not q_shape[2] % k_shape[2]
         and q.dtype == k.dtype == v.dtype
         and q.is_floating_point()
@@ -156,6 +157,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError(f"q and k must agree in batch and head_dim, got {shapes}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ShapeError(f"the {q.shape[2]} heads of q must be a multiple of the {k.shape[2]} heads of k; got {shapes}")
+    if k.shape[3] == 0:
+        raise ShapeError(f"q and k must have a head_dim of 1 or more, got {shapes}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ShapeError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:
@@ -163,6 +166,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_plan(q: Tensor, k: Tensor, plan: BlockPlan) -> None:
+    if not isinstance(plan, BlockPlan):
+        raise PlanError(
+            f"plan must be a BlockPlan, got {type(plan).__name__}; a FlexAttention BlockMask becomes one by "
+            "BlockPlan.from_flex_block_mask"
+        )
     batch, heads = plan.kv_num_blocks.shape[:2]
     if plan.q_blocks.num_tokens != q.shape[1] or plan.kv_blocks.num_tokens != k.shape[1]:
         raise PlanError(

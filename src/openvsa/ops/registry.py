@@ -62,8 +62,13 @@ def _triton_available(device_type: str) -> list[str]:
         return ["the package triton is not installed (pip install 'openvsa[triton]')"]
     if device_type == "cpu" and not config.triton_interpret():
         return ["on CPU tensors it only runs in Triton's interpreter (set TRITON_INTERPRET=1 before starting Python)"]
-    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return [f"needs a GPU of compute capability 8.0 or newer, not {torch.cuda.get_device_capability()}"]
+    return []
+
+
+def _triton_reasons(problem: Problem) -> list[str]:
+    # The major number alone: torch.compile in torch 2.11 cannot compare the tuple.
+    if problem.capability and problem.capability[0] < 8:
+        return [f"needs a GPU of compute capability 8.0 or newer, not {problem.capability}"]
     return []
 
 
@@ -89,7 +94,12 @@ def _installed_version(distribution: str) -> str | None:
 @config.machine_fact
 def _hopper_available(device_type: str) -> list[str]:
     missing = [name for name in ("cuda-core", "cuda-bindings") if _installed_version(name) is None]
-    return [f"{' and '.join(missing)} not installed (pip install 'openvsa[hopper]')"] if missing else []
+    if missing:
+        return [f"{' and '.join(missing)} not installed (pip install 'openvsa[hopper]')"]
+    found = _installed_version("cuda-core")
+    # Older ones have other names; numba-cuda, for one, brings them.
+    old = found is not None and TorchVersion(found) < _CUDA_CORE_OLDEST
+    return [f"needs cuda-core {_CUDA_CORE_OLDEST} or newer, not {found} (pip install 'openvsa[hopper]')"] if old else []
 
 
 def _hopper_reasons(problem: Problem) -> list[str]:
@@ -165,6 +175,7 @@ def _reference_auto_reasons(problem: Problem) -> list[str]:
     ]
 
 
+_CUDA_CORE_OLDEST = "1.0"
 _FA4_OLDEST = "4.0.0b36"
 _DENSE_SCORES = 2 << 30  # bytes of one score matrix; the oracle holds several of them at once
 _HALF_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
@@ -214,6 +225,7 @@ _BACKENDS = (
         max_block=128,
         head_dim_v_differs=False,
         available=_triton_available,
+        extra_reasons=_triton_reasons,
     ),
     Backend(
         name="flex",
