@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers import DEVICE, Case, Inputs, equal_lens, make_inputs, random_lens, run_reference
 from openvsa import block_sparse_attention
+from openvsa.ops import custom_op
 from openvsa.ops.backends import triton as triton_kernels
 
 pytestmark = pytest.mark.triton
@@ -111,3 +114,44 @@ def test_any_scale(scale: float) -> None:
     exact = run_reference(inputs._replace(scale=scale), torch.float64)
     for got, true in zip(run(inputs, scale), exact, strict=True):
         torch.testing.assert_close(got.double(), true, rtol=1e-4, atol=1e-4)
+
+
+def test_the_output_is_given_back_before_there_are_gradients_of_k_and_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the graph is kept."""
+    inputs = make_inputs(RAGGED, torch.float32)
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    outputs: list[StorageWeakRef] = []
+    alive: list[bool] = []
+    backward_q, backward_kv = triton_kernels.backward_q, triton_kernels.backward_kv
+
+    def first(*args: Any) -> Any:
+        outputs.append(StorageWeakRef(args[5].untyped_storage()))
+        return backward_q(*args)
+
+    def second(*args: Any) -> Any:
+        gc.collect()  # Triton's interpreter leaves cycles behind that hold its arguments
+        alive.append(not outputs[-1].expired())
+        return backward_kv(*args)
+
+    monkeypatch.setattr(triton_kernels, "backward_q", first)
+    monkeypatch.setattr(triton_kernels, "backward_kv", second)
+    total = block_sparse_attention(*leaves, inputs.plan, backend="triton").sum()
+    kept = torch.autograd.grad(total, leaves, retain_graph=True)
+    assert all(map(torch.equal, kept, torch.autograd.grad(total, leaves)))
+    assert alive == [True, False]
+
+
+def test_the_halves_of_the_backward_pass_as_operators() -> None:
+    inputs = make_inputs(Case("opcheck", (3, 1, 4), (2, 5, 1, 2), heads=2, kv_heads=1, head_dim=16), torch.float32)
+    q, k, v, plan = *inputs[:3], inputs.plan
+    lists = (
+        plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks, plan.kv_indices, *plan.transpose_csr(),
+        plan.q_blocks.max_len, plan.kv_blocks.max_len, 0.5, "triton",
+    )  # fmt: skip
+    out, lse = custom_op._attention(q, k, v, *lists)
+    checks = ("test_schema", "test_faketensor")
+    arguments = inputs.grad_out, inputs.grad_lse, q, k, v, out, lse, *lists
+    torch.library.opcheck(torch.ops.openvsa.block_sparse_attention_backward_q.default, arguments, test_utils=checks)
+    _, terms = custom_op._attention_backward_q(*arguments)
+    arguments = inputs.grad_out, q, k, v, lse, terms, *lists
+    torch.library.opcheck(torch.ops.openvsa.block_sparse_attention_backward_kv.default, arguments, test_utils=checks)

@@ -1,7 +1,9 @@
 """The op as torch.library sees it: a forward and a backward custom op, with fakes and autograd.
 
-The kernels themselves are modules of `ops.backends` with a `forward` and a `backward`; they are imported when first
-used and named by a string, because a custom op takes only tensors and plain values.
+The kernels themselves are modules of `ops.backends`; they are imported when first used and named by a string, because a
+custom op takes only tensors and plain values. A module has `forward`, and either `backward` or its two halves,
+`backward_q` and `backward_kv` (with `row_terms`, what the first leaves for the second). Halves need less memory: the
+output, which the first alone reads, is given back before there are gradients of k and v.
 """
 
 from __future__ import annotations
@@ -94,6 +96,43 @@ def _fake_backward(
 _attention_backward = torch_op("block_sparse_attention_backward", _backward, _fake_backward)
 
 
+def _backward_q(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    q_offsets: Tensor, kv_offsets: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, q_starts: Tensor,
+    q_indices: Tensor, max_q_block: int, max_kv_block: int, scale: float, kernel: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan = PlanTensors(q_offsets, kv_offsets, kv_num_blocks, kv_indices, q_starts, q_indices, max_q_block, max_kv_block)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernel(kernel).backward_q(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
+
+
+def _fake_backward_q(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *plan, _scale, kernel = rest
+    return q.new_empty(q.shape), _kernel(kernel).row_terms(q, PlanTensors(*plan))
+
+
+_attention_backward_q = torch_op("block_sparse_attention_backward_q", _backward_q, _fake_backward_q)
+
+
+def _backward_kv(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, row_terms: Tensor,
+    q_offsets: Tensor, kv_offsets: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, q_starts: Tensor,
+    q_indices: Tensor, max_q_block: int, max_kv_block: int, scale: float, kernel: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan = PlanTensors(q_offsets, kv_offsets, kv_num_blocks, kv_indices, q_starts, q_indices, max_q_block, max_kv_block)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernel(kernel).backward_kv(grad_out, q, k, v, lse, row_terms, plan, scale)
+
+
+def _fake_backward_kv(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_attention_backward_kv = torch_op("block_sparse_attention_backward_kv", _backward_kv, _fake_backward_kv)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:9], *output)
     ctx.settings = inputs[9:]
@@ -101,7 +140,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     q, k, v, *lists, out, lse = ctx.saved_tensors
-    grads = _attention_backward(grad_out, grad_lse, q, k, v, out, lse, *lists, *ctx.settings)
+    # Of a graph that is walked once, nobody else holds them now. (torch's own backward of compiled code does this too.)
+    ctx.maybe_clear_saved_tensors()
+    rest = *lists, *ctx.settings
+    if hasattr(_kernel(ctx.settings[-1]), "backward"):
+        grads = _attention_backward(grad_out, grad_lse, q, k, v, out, lse, *rest)
+    else:
+        dq, terms = _attention_backward_q(grad_out, grad_lse, q, k, v, out, lse, *rest)
+        del out
+        grads = dq, *_attention_backward_kv(grad_out, q, k, v, lse, terms, *rest)
     return *grads, *(None,) * 10
 
 

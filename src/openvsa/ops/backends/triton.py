@@ -37,7 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from openvsa.ops.plan_tensors import PlanTensors
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward_kv", "backward_q", "forward", "row_terms"]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -490,39 +490,51 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     return out, lse
 
 
-def backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: PlanTensors, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward`: dq, dk, dv in the dtypes and shapes of q, k, v.
+def row_terms(q: Tensor, plan: PlanTensors) -> Tensor:
+    """Room for what `backward_q` leaves for `backward_kv`: `delta` of each query row and head, fp32 [B, H, Sq]."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
-    do [B, Sq, H, D] in the dtype of q; dlse, lse [B, H, Sq] fp32. The plan must carry its transpose. Deterministic.
-    Beside the results it takes 4 bytes for each query and head, for `delta`.
+
+def backward_q(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: PlanTensors, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of q, in its dtype and shape, and the `row_terms`.
+
+    do [B, Sq, H, D] in the dtype of q; dlse, lse [B, H, Sq] fp32. Deterministic, and so is `backward_kv`.
     """
     q, k, v, out, do = (_addressable(x) for x in (q, k, v, out, do))
     lse, dlse = lse.contiguous(), dlse.contiguous()
-    assert plan.q_starts is not None  # the caller's promise above
     batch, seq_q, heads, _ = q.shape
-    kv_heads = k.shape[2]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
+    dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), row_terms(q, plan)
     num_q_blocks, width = plan.kv_indices.shape[2:]
-    num_kv_blocks = plan.kv_offsets.numel() - 1
+    options = _options("dq", q, k, plan, (k, v))
+    k_map, v_map = _maps((k, v), options["BLOCK_N"], (options["BLOCK_D"],) * 2, options["MAPPED"])
     with torch.cuda.device_of(q):
-        options = _options("dq", q, k, plan, (k, v))
-        columns = (options["BLOCK_D"],) * 2
-        k_map, v_map = _maps((k, v), options["BLOCK_N"], columns, options["MAPPED"])
         _dq_kernel[(num_q_blocks * options["Q_PIECES"], heads, batch)](
             q, k, v, k_map, v_map, out, do, dq, lse, dlse, delta,
             q.stride(), k.stride(), v.stride(), out.stride(), do.stride(), dq.stride(),
             plan.q_offsets, plan.kv_offsets, plan.kv_num_blocks.contiguous(), plan.kv_indices.contiguous(),
             _steps(plan.kv_num_blocks), num_q_blocks, width, seq_q, scale, **options,
         )  # fmt: skip
-        options = _options("dkv", q, k, plan, (q, do))
-        q_map, do_map = _maps((q, do), options["BLOCK_M"], columns, options["MAPPED"])
-        _dkv_kernel[(num_kv_blocks * options["KV_PIECES"], kv_heads, batch)](
+    return dq, delta
+
+
+def backward_kv(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: PlanTensors, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v, in their dtypes and shapes. The plan must carry its transpose."""
+    q, k, v, do, lse = _addressable(q), _addressable(k), _addressable(v), _addressable(do), lse.contiguous()
+    assert plan.q_starts is not None  # the caller's promise above
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    num_q_blocks, width = plan.kv_indices.shape[2:]
+    num_kv_blocks = plan.kv_offsets.numel() - 1
+    options = _options("dkv", q, k, plan, (q, do))
+    q_map, do_map = _maps((q, do), options["BLOCK_M"], (options["BLOCK_D"],) * 2, options["MAPPED"])
+    with torch.cuda.device_of(q):
+        _dkv_kernel[(num_kv_blocks * options["KV_PIECES"], k.shape[2], k.shape[0])](
             q, k, v, do, q_map, do_map, dk, dv, lse, delta,
             q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
             plan.q_offsets, plan.kv_offsets, plan.q_starts, plan.q_indices,
-            _steps(plan.q_starts), num_kv_blocks, num_q_blocks * width, seq_q, scale, **options,
+            _steps(plan.q_starts), num_kv_blocks, num_q_blocks * width, q.shape[1], scale, **options,
         )  # fmt: skip
-    return dq, dk, dv
+    return dk, dv

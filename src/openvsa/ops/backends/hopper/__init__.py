@@ -15,7 +15,7 @@ from torch import Tensor
 from openvsa.ops.backends.hopper.compiler import TILE, Variant, launch, tensor_map
 from openvsa.ops.plan_tensors import PlanTensors
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward_kv", "backward_q", "forward", "row_terms"]
 
 
 _POINTERS = {
@@ -64,37 +64,53 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     return out, lse
 
 
-def backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: PlanTensors, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward`: dq, dk, dv in the dtypes and shapes of q, k, v.
+def row_terms(q: Tensor, plan: PlanTensors) -> Tensor:
+    """Room for what `backward_q` leaves for `backward_kv` of each query row: lse and delta, in tiles of 64 rows."""
+    pieces = Variant.of("dq", q, plan).q_pieces
+    tiles = plan.kv_indices.shape[2] * pieces
+    return q.new_empty(q.shape[0], q.shape[2], tiles, 2, TILE, dtype=torch.float32)
 
-    do [B, Sq, H, D] in the dtype of q; dlse, lse [B, H, Sq] fp32. The plan must carry its transpose. Deterministic.
+
+def backward_q(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: PlanTensors, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of q, in its dtype and shape, and the `row_terms`.
+
+    do [B, Sq, H, D] in the dtype of q; dlse, lse [B, H, Sq] fp32. Deterministic, and so is `backward_kv`.
     """
     negative = scale < 0
     q, k, v, do, out, scale = _positive(q, scale), _loadable(k), _loadable(v), _loadable(do), _loadable(out), abs(scale)
     lse, dlse, plan = lse.contiguous(), dlse.contiguous(), _contiguous(plan)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    batch, _seq_q, heads, _ = q.shape
-    num_q_blocks, width = plan.kv_indices.shape[2:]
-    first, second = Variant.of("dq", q, plan), Variant.of("dkv", q, plan)
-    row_values = torch.empty(batch, heads, num_q_blocks * first.q_pieces, 2, TILE, dtype=torch.float32, device=q.device)
-    q_items = _tiles(plan.q_offsets, first.q_pieces, first) * heads * batch
-    kv_items = _tiles(plan.kv_offsets, second.kv_pieces, second) * k.shape[2] * batch
+    dq, terms = torch.empty(q.shape, dtype=q.dtype, device=q.device), row_terms(q, plan)
+    variant = Variant.of("dq", q, plan)
+    items = _tiles(plan.q_offsets, variant.q_pieces, variant) * q.shape[2] * q.shape[0]
     steps = (*_steps(q), *_steps(out), *_steps(do))
-    query_problem = _query_problem(q, k, plan)
-    key_problem = _KeyProblem(
-        *(getattr(plan, name).data_ptr() for name in _POINTERS["key"]),
-        num_q_blocks, plan.kv_offsets.numel() - 1, num_q_blocks * width, *_plan_steps(plan),
-        batch, heads, k.shape[2], k.shape[1],
-    )  # fmt: skip
     with torch.cuda.device_of(q):
         maps = (tensor_map(k), tensor_map(v), tensor_map(do))
-        rest = (q, out, do, dq, lse, dlse, row_values, _counter(q))
-        launch(first, q_items, *maps, query_problem, *rest, *steps, scale)
+        rest = (q, out, do, dq, lse, dlse, terms, _counter(q))
+        launch(variant, items, *maps, _query_problem(q, k, plan), *rest, *steps, scale)
+    return -dq if negative else dq, terms
+
+
+def backward_kv(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, _lse: Tensor, terms: Tensor, plan: PlanTensors, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v, in their dtypes and shapes. The plan must carry its transpose. lse is in `terms`."""
+    q, k, v, do, scale = _positive(q, scale), _loadable(k), _loadable(v), _loadable(do), abs(scale)
+    plan = _contiguous(plan)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    num_q_blocks, width = plan.kv_indices.shape[2:]
+    variant = Variant.of("dkv", q, plan)
+    items = _tiles(plan.kv_offsets, variant.kv_pieces, variant) * k.shape[2] * k.shape[0]
+    problem = _KeyProblem(
+        *(getattr(plan, name).data_ptr() for name in _POINTERS["key"]),
+        num_q_blocks, plan.kv_offsets.numel() - 1, num_q_blocks * width, *_plan_steps(plan),
+        q.shape[0], q.shape[2], k.shape[2], k.shape[1],
+    )  # fmt: skip
+    with torch.cuda.device_of(q):
         maps = (tensor_map(q), tensor_map(do), tensor_map(k), tensor_map(v))
-        launch(second, kv_items, *maps, key_problem, row_values, dk, dv, _counter(q), scale)
-    return -dq if negative else dq, dk, dv
+        launch(variant, items, *maps, problem, terms, dk, dv, _counter(q), scale)
+    return dk, dv
 
 
 def _positive(q: Tensor, scale: float) -> Tensor:
