@@ -55,8 +55,9 @@ def fit(points: Sequence[Point], columns: int) -> list[float]:
     return found
 
 
-def constants(cases: Sequence[Measured]) -> dict[str, float] | None:
-    """Of cases of one machine and head size; None if nothing of them can be used."""
+def constants(cases: Sequence[Measured], has_host: bool = True) -> dict[str, float] | None:
+    """Of cases of one machine and head size; None if nothing of them can be used. On a CPU nothing is enqueued: without
+    a host, what Python takes is part of `overhead_ms`."""
     dense, kernels, wholes, hosts = [], [], [], []
     for measured in cases:
         case, rows = measured.case, measured.rows(**{"pass": "forward"})
@@ -87,7 +88,7 @@ def constants(cases: Sequence[Measured]) -> dict[str, float] | None:
     return {
         "dense_ms_per_pair": per_pair, "sparse_ms_per_pair": per_kept, "ms_per_element": per_element,
         "ms_per_block_pair": per_tile, "overhead_ms": overhead,
-        "host_ms": statistics.median(hosts) if hosts else 0.0,
+        "host_ms": statistics.median(hosts) if hosts and has_host else 0.0,
     }  # fmt: skip
 
 
@@ -97,10 +98,11 @@ def text() -> str:
         by_head_dim: dict[int, list[Measured]] = {}
         for measured in cases.values():
             by_head_dim.setdefault(measured.case["head_dim"], []).append(measured)
-        fitted = {str(dim): constants(mine) for dim, mine in sorted(by_head_dim.items())}
+        on_cpu = machine.startswith("CPU")
+        fitted = {str(dim): constants(mine, not on_cpu) for dim, mine in sorted(by_head_dim.items())}
         fitted = {dim: {k: float(f"{v:.4g}") for k, v in c.items()} for dim, c in fitted.items() if c}
         if fitted:
-            kind = "cpu" if machine.startswith("CPU") else machine
+            kind = "cpu" if on_cpu else machine
             files = sorted({measured.file.name for measured in cases.values()})
             found[kind] = {"device": machine, "files": files, "head_dims": fitted}
     return json.dumps(found, indent=1) + "\n"

@@ -110,7 +110,7 @@ def test_what_one_dense_head_gains(audited: tuple[ClipPipeline, Measured, list[s
     seen: list[torch.Tensor] = []
     hook = pipe.transformer.register_forward_hook(lambda _, __, out: seen.append(out[0]))
     for layers in tables:
-        with openvsa.sparsify(pipe, budget=BudgetTable(0.25, layers), tile=(2, 2, 2)):
+        with openvsa.sparsify(pipe, budget=BudgetTable(0.25, layers), tile=(2, 2, 2), min_tokens=0):
             pipe(scene="glide", seed=1, num_inference_steps=4)
     hook.remove()
     change, less = ((seen[at] - seen[0]).square().sum() for at in (4, 8))
@@ -139,7 +139,7 @@ def test_the_forwards_are_those_of_the_generation(audited: tuple[ClipPipeline, M
     seen: list[torch.Tensor] = []
     hook = pipe.transformer.register_forward_hook(lambda _, __, out: seen.append(out[0]))
     for density in (1.0, 0.25):
-        with openvsa.sparsify(pipe, density, tile=(2, 2, 2)):
+        with openvsa.sparsify(pipe, density, tile=(2, 2, 2), min_tokens=0):
             pipe(scene="glide", seed=1, num_inference_steps=4)
     hook.remove()
     change = float((seen[4] - seen[0]).norm() / seen[0].norm())
@@ -156,7 +156,7 @@ def test_the_table_spends_what_was_asked_for_and_is_used(audited: tuple[ClipPipe
     assert found.budgeted.density == pytest.approx(found.sparse.density, rel=0.05), "tiles at borders are short"
     uniform = sum((forward.error * forward.moved) ** 2 for forward in found.forwards)
     assert sum(((forward.budgeted or 9) * forward.moved) ** 2 for forward in found.forwards) <= uniform, "never worse"
-    with openvsa.sparsify(pipe, budget=found.table) as handle:
+    with openvsa.sparsify(pipe, budget=found.table, min_tokens=0) as handle:
         pipe(scene="glide", seed=1, num_inference_steps=2)
         for layer in handle.report().layers:
             assert layer.delivered_density == pytest.approx(sum(found.table.layers[layer.name]) / 2, rel=1e-3)

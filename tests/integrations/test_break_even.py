@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import cost_model
 import fit_break_even
 import openvsa
 from openvsa import Budget, SparsityConfig
@@ -16,27 +18,16 @@ from openvsa.integrations.break_even import objection, predict, share_of
 from tiny_wan import run, tiny_wan
 
 
-@pytest.fixture
-def slow_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine where a sparse call costs a second before it has done anything, and a dense pair a microsecond."""
-    costs = {"dense_ms_per_pair": 1e-3, "sparse_ms_per_pair": 1e-3, "ms_per_element": 0.0, "ms_per_block_pair": 0.0,
-             "overhead_ms": 0.0, "host_ms": 1000.0}  # fmt: skip
-    use(monkeypatch, tmp_path, {kind: {"device": "X", "head_dims": {"24": costs}} for kind in ("cpu", "NVIDIA H200")})
-
-
-def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, constants: object) -> None:
-    file = tmp_path / "constants.json"
-    file.write_text(json.dumps(constants))
-    monkeypatch.setattr(break_even, "_FILE", file)
-    break_even._constants.cache_clear()
-    break_even.predict_on.cache_clear()
-
-
 @pytest.fixture(autouse=True)
-def own_constants_afterwards() -> object:
-    yield
-    break_even._constants.cache_clear()
-    break_even.predict_on.cache_clear()
+def sparse_however_small() -> None:
+    """Not here: the constants are those of the package."""
+
+
+@pytest.fixture
+def slow_host(tmp_path: Path) -> Iterator[None]:
+    """A machine where a sparse call costs a second before it has done anything, and a dense pair a microsecond."""
+    with cost_model.machine(tmp_path, dense_ms_per_pair=1e-3, sparse_ms_per_pair=1e-3, host_ms=1000.0):
+        yield
 
 
 def test_long_sequences_pay_and_short_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +39,29 @@ def test_long_sequences_pay_and_short_ones_do_not(monkeypatch: pytest.MonkeyPatc
     # Dense attention of 32,760 tokens in 12 heads of 128 took 9.6 ms.
     assert predict("cuda:0", 32760, 12, 128, 0.1).dense_ms == pytest.approx(9.6, rel=0.1)
     assert not predict("cuda:0", 32760, 12, 128, 1.0).pays
+
+
+def test_on_a_cpu_a_short_call_costs_more_than_what_it_saves() -> None:
+    # Whole ops of 8 heads of 64 at density 1/8 took 6.7 ms against 13.4 dense for 1,024 tokens, 797 against 3,589 for
+    # 16,384.
+    assert predict("cpu", 1024, 8, 64, 1 / 8).sparse_ms == pytest.approx(6.7, rel=0.1)
+    assert predict("cpu", 16384, 8, 64, 1 / 8).sparse_ms == pytest.approx(797, rel=0.1)
+    assert predict("cpu", 16384, 8, 64, 1 / 8).dense_ms == pytest.approx(3589, rel=0.1)
+    assert not predict("cpu", 105, 2, 24, 0.5).pays
+    # The bundled model: 6,912 tokens in 4 heads of 64.
+    assert all(predict("cpu", 6912, 4, 64, density).pays for density in (0.1, 0.25, 0.5))
+
+
+def test_a_tiny_model_stays_dense_and_says_why() -> None:
+    model = tiny_wan()
+    dense = run(model)
+    with openvsa.sparsify(model, density=0.25) as handle:
+        with pytest.warns(UserWarning, match=r"stays dense: 105 tokens .* SparsityConfig\(min_tokens=0\) makes it"):
+            assert (run(model) == dense).all()
+        report = handle.report()
+    assert report.executed_density == 1.0
+    assert all("105 tokens at density 0.5 would not be faster" in layer.why_dense for layer in report.layers)
+    assert "dense calls of 2 layers, blocks.0.attn1 to blocks.1.attn1: 105 tokens" in str(report)
 
 
 def test_an_unknown_gpu_is_taken_for_a_known_one_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +129,13 @@ def test_reasons_of_the_settings_are_told_too() -> None:
 
 def test_the_constants_are_those_of_the_newest_results() -> None:
     assert fit_break_even.text() == fit_break_even.CONSTANTS.read_text()
+
+
+def test_a_cpu_has_no_host() -> None:
+    """A result file of a CPU has as the host's time that of the whole call, which is no least time of shorter ones."""
+    known = json.loads(fit_break_even.CONSTANTS.read_text())
+    assert [of["host_ms"] for of in known["cpu"]["head_dims"].values()] == [0.0]
+    assert all(of["host_ms"] > 0 for of in known["NVIDIA H200"]["head_dims"].values())
 
 
 def test_costs_are_found_again() -> None:
