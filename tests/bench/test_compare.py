@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from openvsa import OpenVSAError
-from openvsa.bench.compare import changes
+from openvsa.bench.compare import changes, newly_failed
 
 
 def record(device: str = "GPU", case: str = "s32k", **ms: float) -> dict[str, Any]:
@@ -16,7 +16,13 @@ def record(device: str = "GPU", case: str = "s32k", **ms: float) -> dict[str, An
          "plan": "random 1/8", "pass": "forward", "ms": value}
         for name, value in ms.items()
     ]  # fmt: skip
-    return {"machine": {"device": device}, "cases": [{"name": case, "rows": rows}]}
+    return {"machine": {"device": device}, "cases": [{"name": case, "rows": rows, "passed": True, "head_dim": 128}]}
+
+
+def failed(of: dict[str, Any], *why: Any) -> dict[str, Any]:
+    """The same record, had its case failed its gate."""
+    [case] = of["cases"]
+    return {**of, "cases": [{**case, "rows": [], "passed": False, "failed": list(why)}]}
 
 
 def test_slower_and_faster() -> None:
@@ -41,3 +47,34 @@ def test_other_machines_and_cases_are_refused() -> None:
         changes(record(triton=1.0), record("TPU", triton=1.0))
     with pytest.raises(OpenVSAError, match="no measurement in common: cases s32k and s8k"):
         changes(record(triton=1.0), record(case="s8k", triton=1.0))
+
+
+def test_one_name_for_two_problems_is_refused() -> None:
+    other = record(triton=1.0)
+    other["cases"][0]["head_dim"] = 64
+    with pytest.raises(OpenVSAError, match="'s32k' is not one problem in both runs: head_dim 128 and 64"):
+        changes(record(triton=1.0), other)
+
+
+def test_a_gate_that_fails_now_is_found() -> None:
+    before = record(triton=1.0)
+    after = failed(before, {"contender": "triton", "why": "out: rms error"})
+    assert newly_failed(before, after) == {"s32k": ["triton: out: rms error"]}
+    assert newly_failed(failed(before), failed(before, "not finite")) == {}
+    assert newly_failed(before, failed(before, "not finite")) == {"s32k": ["not finite"]}
+    assert [c.after for c in changes(before, after)] == [None]
+
+
+def test_steps_of_whole_models() -> None:
+    def steps(dense: float, sparse: float) -> dict[str, Any]:
+        rows = [
+            {"mode": "eager", "variant": "dense-cudnn", "density": None, "ms": dense},
+            {"mode": "eager", "variant": "density 0.1", "density": 0.1, "ms": sparse},
+        ]
+        return {"machine": {"device": "GPU"}, "cases": [{"name": "wan", "rows": rows, "passed": True}]}
+
+    found = changes(steps(4.0, 2.0), steps(8.0, 3.0))
+    assert [(c.op, c.contender, c.what, c.ratio, c.is_slower(0.1)) for c in found] == [
+        ("step", "dense-cudnn", "eager", 2.0, False),
+        ("step", "density 0.1", "eager", 1.5, True),
+    ]

@@ -11,7 +11,7 @@ import torch
 
 from openvsa import OpenVSAError
 from openvsa.bench import record
-from openvsa.bench.record import SCHEMA, load, new_record, result_path, write
+from openvsa.bench.record import load, new_record, result_path, write
 
 CPU = torch.device("cpu")
 
@@ -27,15 +27,21 @@ def test_a_record_survives_the_file(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    write(path, {"schema": SCHEMA})
+    made = new_record(CPU, "openvsa bench", "abc", {})
+    write(path, made)
     with pytest.raises(TypeError):
-        write(path, {"schema": SCHEMA, "bad": object()})
-    assert load(path) == {"schema": SCHEMA}
+        write(path, {**made, "bad": object()})
+    assert load(path) == made
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [("{", "cannot be read"), ("[]", "schema None"), ('{"schema": "openvsa-bench/0"}', "'openvsa-bench/1' is needed")],
+    [
+        ("{", "cannot be read"),
+        ("[]", "schema None"),
+        ('{"schema": "openvsa-bench/0"}', "'openvsa-bench/1' is needed"),
+        ('{"schema": "openvsa-bench/1", "cases": []}', "lacks commit, machine, versions; measure again"),
+    ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, match: str) -> None:
     path = tmp_path / "x.json"
@@ -44,6 +50,13 @@ def test_other_files_are_refused(tmp_path: Path, text: str, match: str) -> None:
         load(path)
     with pytest.raises(OpenVSAError, match="cannot be read"):
         load(tmp_path / "absent.json")
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "results"
+    file.touch()
+    with pytest.raises(OpenVSAError, match=r"no results can be written to the folder '.*results' .*; choose another"):
+        result_path(file, new_record(CPU, "openvsa bench", None, {}))
 
 
 def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -66,10 +66,27 @@ def test_the_file_is_written_after_every_case(tmp_path: Path) -> None:
 
     def look(found: dict[str, Any]) -> None:
         [file] = tmp_path.iterdir()
-        seen.append([case["name"] for case in json.loads(file.read_text())["cases"]])
+        record = json.loads(file.read_text())
+        seen.append(([case["name"] for case in record["cases"]], record["not_run"]))
 
     measure(SMALL, replace(SMALL, name="second"), out=tmp_path, on_case=look)
-    assert seen == [["small"], ["small", "second"]]
+    assert seen == [(["small"], ["second"]), (["small", "second"], [])]
+
+
+def test_a_case_too_large_for_memory_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = run_module._Problem
+
+    def large(case: Any, device: torch.device) -> Any:
+        if case.name == "large":
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        return make(case, device)
+
+    monkeypatch.setattr(run_module, "_Problem", large)
+    first, second = measure(replace(SMALL, name="large"), SMALL, names="cpu")["cases"]
+    assert not first["passed"]
+    assert first["rows"] == []
+    assert first["failed"] == [{"contender": "all", "why": "OutOfMemoryError: tried to allocate 80 GiB"}]
+    assert second["passed"]
 
 
 def test_a_spent_budget_stops_between_cases(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ def small_case(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measure_and_compare(openvsa_command: Callable, tmp_path: Path) -> None:
     arguments = ["bench", "--device", "cpu", "--case", "small", "--contenders", "cpu,dense-cudnn"]
     outcome = openvsa_command(*arguments, "--commit", "abc", "--out", tmp_path)
-    assert outcome.status == 0, outcome
+    assert outcome.status == 1, outcome
     assert "without dense-cudnn" in outcome.out
+    assert "asked for, but measured in no case: dense-cudnn" in outcome.out
     [file] = tmp_path.iterdir()
     assert f"wrote {file}" in outcome.out
     record = json.loads(file.read_text())
@@ -39,6 +40,24 @@ def test_measure_and_compare(openvsa_command: Callable, tmp_path: Path) -> None:
     assert "6 of ours slower" in outcome.out
     assert openvsa_command("bench", "--compare", slower, file).status == 0
     assert openvsa_command("bench", "--compare", file, slower, "--threshold", "0.3").status == 0
+
+
+def test_compare_says_what_fails_and_what_is_gone(openvsa_command: Callable, tmp_path: Path) -> None:
+    arguments = ["bench", "--device", "cpu", "--case", "small", "--contenders", "cpu,dense-flash"]
+    assert openvsa_command(*arguments, "--out", tmp_path).status == 0
+    [file] = tmp_path.iterdir()
+    record = json.loads(file.read_text())
+    [case] = record["cases"]
+    fails = tmp_path / "fails.json"
+    failure = {"contender": "cpu", "why": "dq: wrong"}
+    fails.write_text(json.dumps({**record, "cases": [{**case, "rows": [], "passed": False, "failed": [failure]}]}))
+    outcome = openvsa_command("bench", "--compare", file, fails)
+    assert outcome.status == 1
+    assert "small fails its correctness gate now: cpu: dq: wrong" in outcome.out
+    gone = tmp_path / "gone.json"
+    rows = [row for row in case["rows"] if row["contender"] != "cpu"]
+    gone.write_text(json.dumps({**record, "cases": [{**case, "rows": rows}]}))
+    assert f"only in {file.name}: small cpu\n" in openvsa_command("bench", "--compare", file, gone).out
 
 
 def test_a_failed_gate_is_said_and_is_the_status(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,12 +73,13 @@ def run_models(
     begin = time.perf_counter()
     record = new_record(device, command, commit, {**asdict(options), "seconds": seconds}, MODEL_SCHEMA)
     path = result_path(out, record) if out is not None else None
-    for at, case in enumerate(cases):
+    record["not_run"] = [case.name for case in cases]
+    for case in cases:
         if seconds is not None and time.perf_counter() - begin > seconds:
-            record["not_run"] = [left.name for left in cases[at:]]
             break
         found = measure_model(case, device, options, lambda text, case=case: say(f"{case.name}: {text}"))
         record["cases"].append(found)
+        record["not_run"].remove(case.name)
         record["seconds"] = round(time.perf_counter() - begin, 1)
         if path is not None:
             write(path, record)
@@ -102,8 +103,9 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
 
     stage("random weights")
     model = case.build(device)
-    result: dict[str, Any] = {"name": case.name, **case.describe(model), "failed": [], "rows": []}
     subject = _Subject(case, model, device, options.densities)
+    result: dict[str, Any] = {"name": case.name, **case.describe(model), "failed": [], "rows": []}
+    result["left_out"] = [{"what": f"dense-{name}", "reasons": why} for name, why in subject.without.items()]
     stage("attention alone")
     result["layers"], result["attention"] = _measure_attention(subject, options, result["rows"])
     stage("gate")
@@ -116,7 +118,8 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
                 _measure_host(subject, result["rows"])
             _measure_steps(subject, "eager", options, result, reference, stage)
         if "compiled" in options.modes and not model._repeated_blocks:
-            result["left_out"] = f"{case.transformer} names no repeated blocks, so it is not measured compiled"
+            reasons = [f"{case.transformer} names no repeated blocks"]
+            result["left_out"].append({"what": "compiled steps", "reasons": reasons})
         elif "compiled" in options.modes:
             model.compile_repeated_blocks(fullgraph=True, dynamic=False)
             _measure_steps(subject, "compiled", options, result, reference, stage)
@@ -133,7 +136,7 @@ class _Subject:
     def __init__(self, case: ModelCase, model: Any, device: torch.device, densities: tuple[float, ...]) -> None:
         self.case, self.model, self.device, self.densities = case, model, device, densities
         self.inputs = case.arguments(model, device)
-        self.kernels = dense_kernels(device.type)
+        self.kernels, self.without = dense_kernels(device.type)
         self.dense = next(iter(self.kernels))
 
     @torch.no_grad()

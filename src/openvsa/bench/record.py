@@ -20,6 +20,7 @@ __all__ = ["MODEL_SCHEMA", "SCHEMA", "commit", "load", "new_record", "result_pat
 
 SCHEMA = "openvsa-bench/1"
 MODEL_SCHEMA = "openvsa-bench-models/1"
+_PARTS = ("commit", "machine", "versions", "cases")
 _DISTRIBUTIONS = (
     "triton", "numpy", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "fastvideo-kernel", "cuda-core",
     "cuda-bindings", "diffusers",
@@ -57,7 +58,17 @@ def commit() -> str | None:
 
 
 def result_path(folder: Path, record: dict[str, Any]) -> Path:
-    """The name of the file of a run: kind, machine and date."""
+    """The file of a run, named by kind, machine and date; the folder is made now, before there are results to lose.
+
+    Raises:
+        OpenVSAError: there cannot be such a folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpenVSAError(
+            f"no results can be written to the folder {str(folder)!r} ({error}); choose another"
+        ) from None
     device = "".join(c if c.isalnum() else "-" for c in record["machine"]["device"].lower())
     stamp = datetime.datetime.fromisoformat(record["date"]).strftime("%Y%m%d-%H%M%S")
     kind = "models" if record["schema"] == MODEL_SCHEMA else "bench"
@@ -66,25 +77,29 @@ def result_path(folder: Path, record: dict[str, Any]) -> Path:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write the record so that the file is never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, path)
 
 
-def load(path: Path, schema: str = SCHEMA) -> dict[str, Any]:
-    """Read a result file.
+def load(path: Path, *schemas: str) -> dict[str, Any]:
+    """Read a result file, of kernels unless other `schemas` are named.
 
     Raises:
-        OpenVSAError: it is missing, no JSON, or of another schema.
+        OpenVSAError: it is missing, no JSON, of another schema, or lacks a part.
     """
+    schemas = schemas or (SCHEMA,)
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise OpenVSAError(f"{str(path)!r} cannot be read as a result file ({error})") from None
     found = record.get("schema") if isinstance(record, dict) else None
-    if found != schema:
-        raise OpenVSAError(f"{str(path)!r} has the schema {found!r}, but {schema!r} is needed; measure again")
+    if found not in schemas:
+        wanted = " or ".join(map(repr, schemas))
+        raise OpenVSAError(f"{str(path)!r} has the schema {found!r}, but {wanted} is needed; measure again")
+    lacking = [part for part in _PARTS if part not in record]
+    if lacking:
+        raise OpenVSAError(f"{str(path)!r} is no whole result file, it lacks {', '.join(lacking)}; measure again")
     return record
 
 

@@ -105,14 +105,18 @@ def run(
     settings = {"contenders": [c.name for c in contenders], "seconds": seconds, "case_seconds": case_seconds}
     record = new_record(device, command, commit, settings)
     path = result_path(out, record) if out is not None else None
-    for at, case in enumerate(cases):
+    record["not_run"] = [case.name for case in cases]
+    for case in cases:
         if seconds is not None and time.perf_counter() - begin > seconds:
-            record["not_run"] = [left.name for left in cases[at:]]
             break
-        found = measure_case(
-            case, contenders, device, case_seconds, lambda text, case=case: say(f"{case.name}: {text}")
-        )
+        try:
+            found = measure_case(
+                case, contenders, device, case_seconds, lambda text, case=case: say(f"{case.name}: {text}")
+            )
+        except torch.OutOfMemoryError as error:  # the next case may be smaller
+            found = _nothing_of(case) | {"failed": [{"contender": "all", "why": _words(error)}], "passed": False}
         record["cases"].append(found)
+        record["not_run"].remove(case.name)
         record["seconds"] = round(time.perf_counter() - begin, 1)
         if path is not None:
             write(path, record)
@@ -131,7 +135,7 @@ def measure_case(
     kernels that fail are left out, with the reason."""
     begin = time.perf_counter()
     known = {backend.name: backend for backend in backends()}
-    result: dict[str, Any] = {"name": case.name, **case.describe(), "gate": {}, "left_out": [], "failed": []}
+    result = _nothing_of(case)
 
     own = [known[c.name] for c in contenders if c.kind == "openvsa"]
     for backend in own:
@@ -144,7 +148,7 @@ def measure_case(
         entries = list(_entries(problem, contenders, result))
         entries = _gate_sampled(problem, entries, result, say)
     if result["failed"]:
-        return {**result, "passed": False, "rows": [], "seconds": round(time.perf_counter() - begin, 1)}
+        return {**result, "passed": False, "seconds": round(time.perf_counter() - begin, 1)}
 
     say("memory")
     peaks = {}
@@ -160,6 +164,13 @@ def measure_case(
     result["clocks"] = {"before": before, "after": gpu_clocks(device)}
     result["rows"] = _rows(case, entries, times, peaks, device)
     return {**result, "passed": True, "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def _nothing_of(case: Case) -> dict[str, Any]:
+    """The results of a case before there are any."""
+    return {
+        "name": case.name, **case.describe(), "gate": {}, "left_out": [], "failed": [], "rows": [], "seconds": 0.0,
+    }  # fmt: skip
 
 
 class _Problem:

@@ -11,10 +11,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from openvsa.bench.cases import CASES, SUITES, Case, find_cases
-from openvsa.bench.compare import changes
+from openvsa.bench.compare import changes, newly_failed
 from openvsa.bench.contenders import Contender, contenders, default_contenders, find_contenders
+from openvsa.bench.record import MODEL_SCHEMA, SCHEMA, load
 from openvsa.bench.record import commit as this_commit
-from openvsa.bench.record import load
 from openvsa.bench.run import run
 from openvsa.errors import OpenVSAError
 from openvsa.ops.capability import Problem
@@ -39,10 +39,11 @@ def run_bench(
     command: str,
     console: Console | None = None,
 ) -> int:
-    """Measure and print; the exit status: 1 if a backend failed its gate.
+    """Measure and print; the exit status: 1 if a backend failed its gate, or a contender of `names` was measured in no
+    case.
 
     Raises:
-        OpenVSAError: a case, suite, contender or device does not exist.
+        OpenVSAError: a case, suite, contender or device does not exist, or `out` cannot be a folder.
     """
     console = console or make_console()
     where = find_device(device)
@@ -71,17 +72,22 @@ def run_bench(
     failed = [case["name"] for case in record["cases"] if not case["passed"]]
     if failed:
         console.print(f"not timed, because the correctness gate failed: {', '.join(failed)}", highlight=False)
-    return 1 if failed else 0
+    measured = {row["contender"] for case in record["cases"] for row in case["rows"]}
+    absent = [name for name in names or () if name not in measured] if len(failed) < len(record["cases"]) else []
+    if absent:
+        console.print(f"asked for, but measured in no case: {', '.join(absent)} (why: see above)", highlight=False)
+    return 1 if failed or absent else 0
 
 
 def compare_files(before: Path, after: Path, threshold: float, console: Console | None = None) -> int:
-    """Print what changed by more than `threshold`; the exit status: 1 if something of ours got slower by more.
+    """Print what changed by more than `threshold`; the exit status: 1 if something of ours got slower by more, or fails
+    its correctness gate that did not before.
 
     Raises:
         OpenVSAError: a file cannot be read, or the two cannot be compared.
     """
     console = console or make_console()
-    records = load(before), load(after)
+    records = load(before, SCHEMA, MODEL_SCHEMA), load(after, SCHEMA, MODEL_SCHEMA)
     found = changes(*records)
     for path, record in zip((before, after), records, strict=True):
         versions = ", ".join(f"{name} {record['versions'].get(name)}" for name in ("torch", "triton"))
@@ -96,13 +102,20 @@ def compare_files(before: Path, after: Path, threshold: float, console: Console 
         )
     if shown:
         console.print(table)
+    for path, lacks in ((before, "after"), (after, "before")):
+        alone = dict.fromkeys(f"{c.case} {c.contender}" for c in found if getattr(c, lacks) is None)
+        if alone:
+            console.print(f"only in {path.name}: {', '.join(alone)}", highlight=False, soft_wrap=True)
+    failed = newly_failed(*records)
+    for case, why in failed.items():
+        console.print(f"{case} fails its correctness gate now: {'; '.join(why)}", markup=False, highlight=False)
     compared = [change for change in found if change.ratio is not None]
     console.print(
         f"{len(compared)} compared, {len(shown)} changed by more than {threshold:.0%}, {len(slower)} of ours slower; "
         f"{len(found) - len(compared)} are in one file only",
         highlight=False,
     )
-    return 1 if slower else 0
+    return 1 if slower or failed else 0
 
 
 def list_all(device: str | None, console: Console | None = None) -> None:
