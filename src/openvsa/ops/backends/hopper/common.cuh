@@ -340,6 +340,20 @@ __device__ __forceinline__ void load_own(void* tile, const TensorMap* map, uint6
     }
 }
 
+// Columns of scores from `length` on, of the tile whose scores begin at group BEGIN of eight columns. In a lattice most
+// short tiles end in the last group.
+template <int BEGIN, int N>
+__device__ __forceinline__ void set_tail(float (&s)[N], int length, float value, Lane lane) {
+    if (length == TILE) return;
+#pragma unroll
+    for (int i = 7; i >= 0; --i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            if (8 * i + lane.column + j >= length) s[4 * (BEGIN + i) + j] = s[4 * (BEGIN + i) + 2 + j] = value;
+        if (i == 7 && length >= TILE - 8) return;
+    }
+}
+
 // Rows of 128 bytes in shared memory become zero. They belong to other blocks, or to nobody, and 0 times a NaN there would
 // leak. Every warpgroup that reads them does this for itself. Two may do it at once, and one while the other multiplies: all
 // write the same, and a tile is not refilled before all have released it, so none sees anything but zeros after its own.

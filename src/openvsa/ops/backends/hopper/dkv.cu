@@ -124,11 +124,11 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
         while (next != ITEM_ENDS) {
             int stage = next_slot<0>(ring, position, consumer, number, length);
             if (stage < 0) break;
-            clear_tails(ring, stage, length);
             pin(s);
             wgmma_fence();
             multiply_over_head_dim(s, k_tile, ring.tiles[stage][0]);
             wgmma_commit();
+            clear_tails<0, 1>(ring, stage, length);
             while (true) {
                 pin(dp);
                 wgmma_fence();
@@ -136,6 +136,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 wgmma_commit();
                 wgmma_wait<1>();
                 pin(s);
+                set_tail<0>(s, length, -INFINITE, lane);
                 const float* row_lse = ring.rows[stage][0];
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
@@ -173,10 +174,10 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 multiply_over_tokens(dk_sum, ds, ring.tiles[stage][0]);
                 wgmma_commit();
                 if (next < 0) break;
-                clear_tails(ring, next, length);
                 wgmma_fence();
                 multiply_over_head_dim(s, k_tile, ring.tiles[next][0]);
                 wgmma_commit();
+                clear_tails<0, 1>(ring, next, length);
                 wgmma_wait<1>();
                 pin(p);
                 pin(ds);

@@ -9,10 +9,7 @@ __device__ __forceinline__ void score_gradient(float (&s)[32], const float (&dp)
         int r = i >> 1 & 1;
         s[i] = exp2_approx(fmaf(s[i], scale, -row_lse[r])) * (dp[i] - delta[r]);
     }
-    if (length < TILE)
-#pragma unroll
-        for (int i = 0; i < 32; ++i)
-            if ((i >> 2) * 8 + lane.column + (i & 1) >= length) s[i] = 0;
+    set_tail<0>(s, length, 0, lane);
 }
 
 struct Memory {
@@ -87,12 +84,12 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
         while (next != ITEM_ENDS) {
             int stage = next_slot<0>(ring, position, consumer, number, length);
             if (stage < 0) break;
-            clear_tails(ring, stage, length);
             pin(q_operand);
             wgmma_fence();
             multiply_over_head_dim(s, q_operand, ring.tiles[stage][0]);
             multiply_over_head_dim(dp, grad_tile, ring.tiles[stage][1]);
             wgmma_commit();
+            clear_tails<0, 0>(ring, stage, length);
             wgmma_wait<0>();
             pin(s);
             pin(dp);
@@ -100,7 +97,6 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             pack_operand(ds, s);
             next = next_slot<2>(ring, position, consumer, number, length);
             while (next >= 0) {
-                clear_tails(ring, next, length);
                 pin(s);
                 pin(dp);
                 pin(ds);
@@ -111,6 +107,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 wgmma_commit();
                 multiply_over_tokens(d, ds, ring.tiles[stage][0]);
                 wgmma_commit();
+                clear_tails<0, 0>(ring, next, length);
                 wgmma_wait<1>();
                 pin(s);
                 pin(dp);

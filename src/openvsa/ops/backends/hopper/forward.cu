@@ -1,14 +1,6 @@
 // Forward, query blocks of up to 64 tokens: out and lse. One consumer warpgroup holds 64 query rows, with a list of its own,
 // and takes 64 keys a step. The scores of the next tile, and this one's values, are multiplied while a softmax runs.
 
-__device__ __forceinline__ void hide_tail(float (&s)[32], int length, Lane lane) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-            if (8 * i + lane.column + j >= length) s[4 * i + j] = s[4 * i + 2 + j] = -INFINITE;
-}
-
 __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, const half_bits* q, half_bits* out,
                                         float* lse, int64 q_batch, int64 q_row, int64 q_head, float scale,
                                         int consumer) {
@@ -35,20 +27,19 @@ __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, cons
         while (next != ITEM_ENDS) {
             int stage = next_slot<0>(ring, position, consumer, number, length);
             if (stage < 0) break;
-            clear_tails(ring, stage, length);
             pin(q_operand);
             wgmma_fence();
             multiply_over_head_dim(s, q_operand, ring.tiles[stage][0]);
             wgmma_commit();
+            clear_tails<1, 1>(ring, stage, length);
             wgmma_wait<0>();
             pin(s);
-            if (length < TILE) hide_tail(s, length, lane);
+            set_tail<0>(s, length, -INFINITE, lane);
             softmax.step(s, scale * LOG2_E);
             softmax.apply(o);
             pack_operand(p, s);
             next = next_slot<2>(ring, position, consumer, number, length);
             while (next >= 0) {
-                clear_tails(ring, next, length);
                 pin(s);
                 pin(p);
                 pin(o);
@@ -57,9 +48,10 @@ __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, cons
                 wgmma_commit();
                 multiply_over_tokens(o, p, ring.tiles[stage][1]);
                 wgmma_commit();
+                clear_tails<1, 1>(ring, next, length);
                 wgmma_wait<1>();
                 pin(s);
-                if (length < TILE) hide_tail(s, length, lane);
+                set_tail<0>(s, length, -INFINITE, lane);
                 softmax.step(s, scale * LOG2_E);
                 pin(s);
                 // Here, so that the assembler does not wait for the second product before the softmax.

@@ -176,10 +176,14 @@ __device__ __forceinline__ void multiply_values(float (&o)[HEAD_DIM / 2], const 
     for (int step = 0; step < 2 * TILE / 16; ++step) multiply<1>(o, p + 4 * step, b.at(step * 2048), 1);
 }
 
-// The values of a pair have come; rows beyond its tiles' lengths become zero.
 __device__ __forceinline__ void await_values(Memory& memory, const Pair& pair) {
     barrier_wait(&memory.values_full[pair.values], pair.values_phase);
+}
+
+// Rows of the values beyond the lengths of short tiles become zero. Called while products run, so that it costs no time.
+__device__ __forceinline__ void clear_tails(Memory& memory, const Pair& pair) {
     if (pair.word.is_full()) return;
+    await_values(memory, pair);
     for (int part = 0; part < HALVES; ++part) {
         clear_rows(memory.values[pair.values][part], pair.word.length(), TILE);
         clear_rows(memory.values[pair.values][part], TILE + pair.word.second_length(), 2 * TILE);
@@ -190,12 +194,8 @@ __device__ __forceinline__ void await_values(Memory& memory, const Pair& pair) {
 
 __device__ __forceinline__ void hide_tails(float (&s)[64], PairWord word, Lane lane) {
     if (word.is_full()) return;
-    int length = word.length(), second_end = TILE + word.second_length();
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-            if (8 * i + lane.column + j >= (i < 8 ? length : second_end)) s[4 * i + j] = s[4 * i + 2 + j] = -INFINITE;
+    set_tail<0>(s, word.length(), -INFINITE, lane);
+    set_tail<8>(s, word.second_length(), -INFINITE, lane);
 }
 
 __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, const half_bits* q, half_bits* out,
@@ -228,6 +228,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             wgmma_fence();
             multiply_scores(s, q_operand, memory.keys[pair.keys]);
             wgmma_commit();
+            clear_tails(memory, pair);
             wgmma_wait<0>();
             pin(s);
             release(&memory.keys_empty[pair.keys]);
@@ -245,6 +246,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 wgmma_commit();
                 multiply_values(o, p, memory.values[pair.values]);
                 wgmma_commit();
+                clear_tails(memory, next);
                 wgmma_wait<1>();
                 pin(s);
                 release(&memory.keys_empty[next.keys]);
