@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from openvsa.bench import model_run
+from openvsa.bench import model_dense, model_run
 from openvsa.bench.model_cases import MODELS, ModelCase, find_models
-from openvsa.bench.model_dense import DenseBy
+from openvsa.bench.model_dense import DenseBy, dense_kernels
 from openvsa.bench.model_profile import group_of
 from openvsa.bench.model_run import ModelOptions, measure_model, run_models
+from openvsa.bench.peers import missing
 from openvsa.bench.record import MODEL_SCHEMA, load
 from openvsa.errors import OpenVSAError
 
@@ -146,7 +147,26 @@ def test_compiled_alone() -> None:
     # Mochi names no blocks that repeat.
     found = measure_model(TINY["mochi"], CPU, replace(QUICK, modes=("compiled",)), lambda text: None)
     assert {row["mode"] for row in found["rows"]} == {"attention", "kernel"}
-    assert "names no repeated blocks" in found["left_out"]
+    [left] = found["left_out"]
+    assert left["what"] == "compiled steps"
+    assert "names no repeated blocks" in left["reasons"][0]
+
+
+def test_a_package_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken_fa4.py").write_text("raise RuntimeError('no driver\\nfor this')\n")
+    (tmp_path / "silent_fa4.py").write_text("raise RuntimeError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert missing("silent_fa4") == ("silent_fa4 cannot be imported (RuntimeError: )",)
+    monkeypatch.setattr(model_dense, "FA4", "broken_fa4")
+    kernels, left_out = dense_kernels("cuda")
+    assert list(kernels) == ["cudnn", "flash"]
+    assert left_out == {"fa4": ("broken_fa4 cannot be imported (RuntimeError: no driver for this)",)}
+
+    monkeypatch.setattr(model_run, "dense_kernels", lambda kind: (dense_kernels(kind)[0], left_out))
+    _, path = run_models([TINY["wan"]], CPU, QUICK, out=tmp_path, command="x", commit="abc")
+    assert path is not None
+    [case] = load(path, MODEL_SCHEMA)["cases"]
+    assert case["left_out"] == [{"what": "dense-fa4", "reasons": list(left_out["fa4"])}]
 
 
 def test_names() -> None:

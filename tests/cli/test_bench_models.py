@@ -33,6 +33,14 @@ def test_a_failed_gate_is_said_and_is_the_status(openvsa_command: Callable, monk
     assert "FAILED: at density 1 the output differs" in outcome.out
 
 
+def test_what_is_left_out_is_said(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, _ = model_run.dense_kernels("cpu")
+    monkeypatch.setattr(model_run, "dense_kernels", lambda kind: (kernels, {"fa4": ("cannot be imported [x]",)}))
+    outcome = openvsa_command("bench", "--device", "cpu", "--model", "tiny-wan", "--density", "0.5")
+    assert outcome.status == 0
+    assert "  without dense-fa4: cannot be imported [x]" in outcome.out
+
+
 def test_models_are_listed(openvsa_command: Callable) -> None:
     outcome = openvsa_command("bench", "--list", "--device", "cpu")
     assert outcome.status == 0

@@ -13,22 +13,23 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from openvsa.bench.peers import FA4, missing
+
 __all__ = ["DenseBy", "dense_kernels"]
 
 # Of q, k and v [B, H, S, D], as scaled_dot_product_attention takes them.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def dense_kernels(device_type: str) -> dict[str, Attend]:
-    """By name, those that can be had on this type of device. The first two are always there."""
+def dense_kernels(device_type: str) -> tuple[dict[str, Attend], dict[str, tuple[str, ...]]]:
+    """By name, those that can be had on this type of device, and why others for it cannot. The first two are always
+    there."""
     if device_type != "cuda":
-        return {"flash": _sdpa(SDPBackend.FLASH_ATTENTION), "math": _sdpa(SDPBackend.MATH)}
+        return {"flash": _sdpa(SDPBackend.FLASH_ATTENTION), "math": _sdpa(SDPBackend.MATH)}, {}
     found = {"cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION), "flash": _sdpa(SDPBackend.FLASH_ATTENTION)}
-    try:
-        importlib.import_module("flash_attn.cute")
-    except Exception:  # a compiled package that does not load raises anything
-        return found
-    return {**found, "fa4": _fa4()}
+    if reasons := missing(FA4):
+        return found, {"fa4": reasons}
+    return {**found, "fa4": _fa4()}, {}
 
 
 class DenseBy(TorchFunctionMode):
@@ -69,7 +70,7 @@ def _sdpa(backend: SDPBackend) -> Attend:
 @cache
 def _fa4() -> Attend:
     """FlashAttention-4 as an op of PyTorch's, so that torch.compile does not look into it."""
-    flash_attn_func = importlib.import_module("flash_attn.cute").flash_attn_func
+    flash_attn_func = importlib.import_module(FA4).flash_attn_func
 
     @torch.library.custom_op("openvsa_bench::fa4", mutates_args=())
     def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -22,20 +22,21 @@ from openvsa.plan import BlockPlan
 
 __all__ = ["PEERS"]
 
-_FA4 = "flash_attn.cute"
+FA4 = "flash_attn.cute"
 _FA4_SPARSITY = "flash_attn.cute.block_sparsity"
 _FASTVIDEO = "fastvideo_kernel.block_sparse_attn"
 
 
 @cache
-def _missing(*modules: str) -> tuple[str, ...]:
+def missing(*modules: str) -> tuple[str, ...]:
     """Why these modules cannot be imported here, in words."""
     found = []
     for module in modules:
         try:
             importlib.import_module(module)
         except Exception as error:  # a compiled extension that does not load raises anything
-            found.append(f"{module} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0][:200]})")
+            said = " ".join(str(error).split())[:200]
+            found.append(f"{module} cannot be imported ({type(error).__name__}: {said})")
     return tuple(found)
 
 
@@ -73,7 +74,7 @@ def _flash_reasons(problem: Problem, case: Case) -> list[str]:
 
 
 def _fa4_reasons(problem: Problem, case: Case) -> list[str]:
-    return (_on_cuda(problem) or list(_missing(_FA4))) + _halves(problem)
+    return (_on_cuda(problem) or list(missing(FA4))) + _halves(problem)
 
 
 def _first(result: Any) -> Tensor:
@@ -81,7 +82,7 @@ def _first(result: Any) -> Tensor:
 
 
 def _prepare_fa4(plan: BlockPlan | None, case: Case) -> Attend:
-    attention = importlib.import_module(_FA4).flash_attn_func
+    attention = importlib.import_module(FA4).flash_attn_func
     return lambda q, k, v: _first(attention(q, k, v))
 
 
@@ -93,7 +94,7 @@ def _equal_blocks(problem: Problem) -> list[str]:
 
 
 def _fa4_sparse_reasons(problem: Problem, case: Case) -> list[str]:
-    reasons = (_on_cuda(problem) or list(_missing(_FA4, _FA4_SPARSITY))) + _halves(problem) + _equal_blocks(problem)
+    reasons = (_on_cuda(problem) or list(missing(FA4, _FA4_SPARSITY))) + _halves(problem) + _equal_blocks(problem)
     if problem.max_q_block % 64 or problem.max_kv_block not in (64, 128):
         reasons.append(f"needs query blocks of a multiple of 64 and key blocks of 64 or 128, not {case.blocks}")
     # Without sparse lists for it the backward pass would walk every tile.
@@ -104,7 +105,7 @@ def _fa4_sparse_reasons(problem: Problem, case: Case) -> list[str]:
 
 def _prepare_fa4_sparse(plan: BlockPlan | None, case: Case) -> Attend:
     assert plan is not None
-    attention = importlib.import_module(_FA4).flash_attn_func
+    attention = importlib.import_module(FA4).flash_attn_func
     lists = importlib.import_module(_FA4_SPARSITY).BlockSparseTensorsTorch
     size = (plan.q_blocks.max_len, plan.kv_blocks.max_len)
 
@@ -117,7 +118,7 @@ def _prepare_fa4_sparse(plan: BlockPlan | None, case: Case) -> Attend:
 
 
 def _fastvideo_reasons(problem: Problem, case: Case) -> list[str]:
-    reasons = (_on_cuda(problem) or list(_missing(_FASTVIDEO))) + _halves(problem)
+    reasons = (_on_cuda(problem) or list(missing(_FASTVIDEO))) + _halves(problem)
     full = problem.uniform and problem.max_q_block == problem.max_kv_block == 64 and not case.layout.num_tokens % 64
     if not full:
         reasons.append(f"needs every block to have 64 tokens (others are padded by its caller), not {case.blocks}")

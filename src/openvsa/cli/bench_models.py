@@ -91,8 +91,8 @@ def print_model(found: dict[str, Any], console: Console) -> None:
     )
     gate = ", ".join(f"{name} {change:.1e}" for name, change in found["gate"].items())
     console.print(f"  change of the output against dense-{about['dense']}: {gate}", highlight=False)
-    if "left_out" in found:
-        console.print(f"  {found['left_out']}", highlight=False)
+    for left in found["left_out"]:
+        console.print(f"  without {left['what']}: {'; '.join(left['reasons'])}", markup=False, highlight=False)
     for why in found["failed"]:
         console.print(f"  FAILED: {why}", markup=False, highlight=False)
     table = Table(box=None, pad_edge=False)
