@@ -69,6 +69,19 @@ def test_vsa_compiles_in_one_graph() -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
+def test_more_heads_than_a_grid_has_rows() -> None:
+    """The second and third dimensions of a grid end at 65,535; batch times heads may not."""
+    layout = TileLayout((6,), (3,))
+    q, k, v = (torch.randn(8192, 6, 9, 32, device=DEVICE).bfloat16().requires_grad_() for _ in range(3))
+    out = video_sparse_attention(q, k, v, layout, Budget(top_k=1), backend="triton")
+    last = [x[-2:].detach().requires_grad_() for x in (q, k, v)]
+    of_last = video_sparse_attention(*last, layout, Budget(top_k=1), backend="triton")
+    assert torch.equal(out[-2:], of_last)
+    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    for a, b in zip(grads, torch.autograd.grad(of_last.float().square().sum(), last), strict=True):
+        assert torch.equal(a[-2:], b)
+
+
 def test_flex_stays_sparse_beyond_the_compile_limit_of_dynamo() -> None:
     """Dense scores at this length would take 8 GiB."""
     lens = equal_lens(32768, 128)

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from helpers import DEVICE, equal_lens, offsets
 from openvsa import BlockPlan, MissingExtraError, PlanError, block_sparse_attention
+from openvsa.plan.convert import lists_to_csr, transpose_lists
 
 
 @st.composite
@@ -350,3 +351,11 @@ def test_saved_plans_have_the_permissions_of_any_new_file(tmp_path: Path) -> Non
     (tmp_path / "any").touch()
     BlockPlan.dense([0, 2], [0, 2]).save(tmp_path / "plan")
     assert (tmp_path / "plan").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_compressed_rows_that_32_bits_cannot_count_are_refused() -> None:
+    counts = torch.zeros(1, dtype=torch.int32).expand(1, 1, 46341)
+    indices = torch.zeros(1, dtype=torch.int32).expand(1, 1, 46341, 46341)
+    for convert in (lists_to_csr, lambda counts, indices: transpose_lists(counts, indices, 46341)):
+        with pytest.raises(PlanError, match=r"46341 query blocks \* K = 46341; make the lists shorter"):
+            convert(counts, indices)

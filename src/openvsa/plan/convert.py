@@ -48,6 +48,7 @@ def lists_to_mask(counts: Tensor, indices: Tensor, num_kv: int) -> Tensor:
 
 def lists_to_csr(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Index form to starts [..., NQ + 1] and packed indices [..., NQ * K]."""
+    _check_entries(indices)
     width = indices.shape[-1]
     planned = (torch.arange(width, device=indices.device) < counts[..., None]).flatten(-2)
     order = planned.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
@@ -73,6 +74,15 @@ def csr_to_lists(starts: Tensor, indices: Tensor, num_kv: int, max_blocks: int |
     return counts, rows.masked_fill(slot >= counts[..., None], 0).int()
 
 
+def _check_entries(indices: Tensor) -> None:
+    num_q, width = indices.shape[-2:]
+    if num_q * width >= 2**31:
+        raise PlanError(
+            f"compressed rows count the entries of a head in 32 bits, got {num_q} query blocks * K = {width}; make the "
+            "lists shorter (max_blocks, a smaller budget) or the blocks larger"
+        )
+
+
 def _check_starts(starts: Tensor, indices: Tensor) -> None:
     if (starts[..., 0] != 0).any() or (starts.diff(dim=-1) < 0).any() or int(starts.max()) > indices.shape[-1]:
         raise PlanError(
@@ -87,6 +97,7 @@ def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tenso
     A stable sort of all entries by key block keeps the query blocks ascending within each, and needs no atomics. On a
     GPU kernels do it without a sort, through a table of NK x NQ bits.
     """
+    _check_entries(indices)
     if kernels_on(indices.device):
         return _transpose_lists(counts, indices, num_kv)
     width = indices.shape[-1]

@@ -69,8 +69,8 @@ def _top_kernel(
 
 @triton.jit(do_not_specialize=["num_q", "num_kv", "width", "words"])
 def _mark_kernel(counts, indices, table, num_q, num_kv, width, words, BLOCK_K: tl.constexpr):
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0)
+    head = (tl.program_id(0) // num_q).to(tl.int64)
+    row = tl.program_id(0) % num_q
     count = tl.load(counts + head * num_q + row)
     reads = indices + (head * num_q + row) * width
     table += head * num_kv * words
@@ -99,8 +99,8 @@ def _starts_kernel(table, starts, num_kv, words, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_q", "num_kv", "width", "words"])
 def _readers_kernel(table, starts, readers, num_q, num_kv, width, words, BLOCK_R: tl.constexpr):
-    head = tl.program_id(1).to(tl.int64)
-    key_block = tl.program_id(0)
+    head = (tl.program_id(0) // num_kv).to(tl.int64)
+    key_block = tl.program_id(0) % num_kv
     bits = table + (head * num_kv + key_block) * words + 1
     readers += head * num_q * width
     place = tl.load(starts + head * (num_kv + 1) + key_block)
@@ -159,7 +159,8 @@ def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tenso
     collect: dict[str, Any] = {"BLOCK_R": block_r, "num_warps": max(block_r // 512, 1)}
     scan: dict[str, Any] = {"BLOCK_C": 1024}
     with torch.cuda.device_of(counts):
-        _mark_kernel[(num_q, heads)](counts, indices, table, num_q, num_kv, width, words, **mark)
+        # All in the first dimension of the grid: the others end at 65,535.
+        _mark_kernel[(num_q * heads,)](counts, indices, table, num_q, num_kv, width, words, **mark)
         _starts_kernel[(heads,)](table, starts, num_kv, words, **scan)
-        _readers_kernel[(num_kv, heads)](table, starts, readers, num_q, num_kv, width, words, **collect)
+        _readers_kernel[(num_kv * heads,)](table, starts, readers, num_q, num_kv, width, words, **collect)
     return starts, readers

@@ -44,10 +44,13 @@ def _scores_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(num_kv, BLOCK)
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
-    q_rows = (tl.program_id(0) // columns) * BLOCK + tl.arange(0, BLOCK)
-    k_rows = (tl.program_id(0) % columns) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(num_q, BLOCK) * columns
+    entry = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    batch = entry // heads
+    head = entry % heads
+    q_rows = (tile // columns) * BLOCK + tl.arange(0, BLOCK)
+    k_rows = (tile % columns) * BLOCK + tl.arange(0, BLOCK)
     q_head = q + batch.to(tl.int64) * q_strides[0] + head.to(tl.int64) * q_strides[2]
     k_head = k + batch.to(tl.int64) * k_strides[0] + (head // GROUP).to(tl.int64) * k_strides[2]
     # Rows past the end repeat the last one; what they score is not stored.
@@ -66,7 +69,7 @@ def _scores_kernel(
         small = _dot(q1, k0, small)
         small = _dot(q0, k1, small)
         large = _dot(q0, k0, large)
-    at = (tl.program_id(1).to(tl.int64) * num_q + q_rows[:, None]) * num_kv + k_rows[None, :]
+    at = (entry.to(tl.int64) * num_q + q_rows[:, None]) * num_kv + k_rows[None, :]
     mask = (q_rows < num_q)[:, None] & (k_rows < num_kv)[None, :]
     tl.store(scores + at, (large + small) * scale, mask=mask)
 
@@ -83,7 +86,7 @@ def block_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
     if scores.numel():
         options: dict[str, Any] = {"GROUP": heads // k.shape[2], "HEAD_DIM": dim, "BLOCK": 64, "BLOCK_D": 32}
         options |= {"num_warps": 4, "num_stages": 2}
-        grid = (-(-num_q // 64) * -(-num_kv // 64), batch * heads)
+        grid = (-(-num_q // 64) * -(-num_kv // 64) * batch * heads,)  # the other dimensions end at 65,535
         with torch.cuda.device_of(q):
             _scores_kernel[grid](
                 q, k, scores, q.stride(), k.stride(), heads, num_q, num_kv, scale, **options,
