@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,16 @@ class Branch(Protocol):
     ) -> tuple[Tensor, BlockPlan]:
         """Both branches together: [B, S, H, D] and the plan of the sparse one. All tensors are in block order."""
         ...
+
+
+# Outside of what is compiled: not every Dynamo can trace the making of an error.
+@torch.compiler.disable
+def _refuse_compiled_steps() -> NoReturn:
+    raise UnsupportedError(
+        "settings that depend on the denoising step need the timestep's value, which a compiled forward does not have; "
+        "compile the blocks instead: transformer.compile_repeated_blocks()",
+        {},
+    )
 
 
 def _captures_graph() -> bool:
@@ -536,11 +546,7 @@ class Site:
 
     def _step(self, sequence: Sequence, timestep: Tensor | None) -> int:
         if torch.compiler.is_compiling():
-            raise UnsupportedError(
-                "settings that depend on the denoising step need the timestep's value, which a compiled forward does "
-                "not have; compile the blocks instead: transformer.compile_repeated_blocks()",
-                {},
-            )
+            _refuse_compiled_steps()
         if _captures_graph():
             raise UnsupportedError(
                 "settings that depend on the denoising step are decided on the host in every forward, and the replays "
