@@ -168,3 +168,5 @@ def test_what_cannot_be_ranked_is_refused() -> None:
         rank(torch.zeros(2, 3), Budget(top_k=1, keep_self=True))
     with pytest.raises(BudgetError, match=r"3 blocks must always be kept .* but the budget is 2 of 5"):
         rank(torch.zeros(5, 5), Budget(top_k=2, keep_first=2, keep_self=True))
+    with pytest.raises(BudgetError, match=r"budget must be a Budget such as Budget\(keep_ratio=0.125\), got 0.5"):
+        rank(torch.zeros(2, 3), 0.5)  # pyright: ignore[reportArgumentType]

@@ -42,12 +42,12 @@ def rank(scores: Tensor, budget: Budget, forced: Tensor | None = None) -> tuple[
 
     Raises:
         ShapeError: scores have fewer than 2 dimensions.
-        BudgetError: keep_self is asked for and NQ differs from NK.
+        BudgetError: budget is something else, or keep_self is asked for and NQ differs from NK.
     """
     if scores.dim() < 2:
         raise ShapeError(f"scores must be [..., NQ, NK], got shape {tuple(scores.shape)}")
     num_q, num_kv = scores.shape[-2:]
-    _check_self(budget, num_q, num_kv)
+    _check_budget(budget, num_q, num_kv)
     return _rank(scores, budget, forced, 0)
 
 
@@ -69,9 +69,9 @@ def rank_in_chunks(
         budget: as for `rank`.
 
     Raises:
-        BudgetError: keep_self is asked for and NQ differs from NK.
+        BudgetError: budget is something else, or keep_self is asked for and NQ differs from NK.
     """
-    _check_self(budget, num_q, num_kv)
+    _check_budget(budget, num_q, num_kv)
     chunks = row_chunks(num_q, lists * num_kv)
     parts = [_rank(scores_of(start, stop), budget, None, start) for start, stop in chunks]
     if len(parts) == 1:
@@ -80,7 +80,9 @@ def rank_in_chunks(
     return torch.cat(counts, -1), torch.cat(indices, -2)
 
 
-def _check_self(budget: Budget, num_q: int, num_kv: int) -> None:
+def _check_budget(budget: Budget, num_q: int, num_kv: int) -> None:
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"budget must be a Budget such as Budget(keep_ratio=0.125), got {budget!r}")
     if budget.keep_self and num_q != num_kv:
         raise BudgetError(f"keep_self needs as many query blocks as key blocks, got {num_q} and {num_kv}")
 
