@@ -7,6 +7,7 @@ import inspect
 import io
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 import openvsa
 from openvsa import SparsityConfig
+from openvsa.integrations import layouts
 from openvsa.integrations.intercept import Interception
 from openvsa.integrations.report import AttentionEvent
 from tiny_wan import run, text, tiny_wan
@@ -75,6 +77,37 @@ def test_a_whole_compiled_model() -> None:
     eager = run(model)
     whole = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(whole), eager)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_whole_model_whose_first_forward_is_compiled(dynamic: bool | None) -> None:
+    """Its layouts are made while it is traced; also those of other lattices later on."""
+    grids = [(3, 5, 7), (2, 4, 4), (3, 5, 7), (3, 4, 6)]
+    model, twin = tiny_wan(), tiny_wan()
+    whole = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
+    with attach(twin):
+        eager = [run(twin, grid=grid) for grid in grids]
+    layouts._NAMES.clear()
+    with attach(whole):
+        for grid, expected in zip(grids, eager, strict=True):
+            torch.testing.assert_close(run(whole, grid=grid), expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_what_torch_compile_has_wrapped_is_attached_and_detached() -> None:
+    model = tiny_wan()
+    dense = run(model)
+    with attach(model):
+        sparse = run(model)
+    whole = torch.compile(model, backend="eager")
+    run(whole)
+    for given in (whole, SimpleNamespace(transformer=whole)):
+        with attach(given):
+            torch.testing.assert_close(run(whole), sparse)
+            with pytest.raises(openvsa.OpenVSAError, match="attached already"):
+                attach(model)
+        torch.testing.assert_close(run(whole), dense)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

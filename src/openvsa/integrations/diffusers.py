@@ -258,14 +258,15 @@ def _restore(attn: Any, processor: SparseProcessor) -> None:
 
 
 def _transformers(model: Any) -> list[tuple[str, Any]]:
-    """The transformers of a model, each with what goes before the names of its layers."""
+    """The transformers of a model, each with what goes before the names of its layers. Of what torch.compile has
+    wrapped, the model inside."""
     if isinstance(model, nn.Module):
-        return [("", model)]
+        return [("", getattr(model, "_orig_mod", model))]
     found = [
         (prefix, getattr(model, name, None))
         for prefix, name in (("", "transformer"), ("transformer_2.", "transformer_2"))
     ]
-    found = [(prefix, transformer) for prefix, transformer in found if transformer is not None]
+    found = [(prefix, getattr(one, "_orig_mod", one)) for prefix, one in found if one is not None]
     if not found:
         raise ShapeError(
             f"expected a Diffusers pipeline with a transformer, or a transformer, got {type(model).__name__}"

@@ -6,7 +6,6 @@ import copy
 import math
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -22,6 +21,7 @@ from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, Hoist, Sequence
 from openvsa.integrations.families.base import forward_names
 from openvsa.integrations.intercept import SparseProcessor
+from openvsa.integrations.layouts import kept_layout
 from openvsa.integrations.report import AttentionCallback, AttentionEvent
 from openvsa.integrations.steps import Branches, StepClock
 from openvsa.integrations.tally import Tally
@@ -31,8 +31,6 @@ from openvsa.plan import BlockPlan
 from openvsa.select import PooledTopK, Selector, permute_pool_all, select_by_head
 
 __all__ = ["Branch", "Forward", "Kept", "Session", "Site"]
-
-_LAYOUTS = 64  # kept at a time: a layout of 100,000 tokens has index tensors of some megabytes
 
 
 class Branch(Protocol):
@@ -130,7 +128,6 @@ class Session:
     forward: Forward | None = None
     clock: StepClock = field(default_factory=StepClock)
     branches: Branches = field(default_factory=Branches)
-    _layouts: OrderedDict[tuple[Any, ...], TileLayout] = field(default_factory=OrderedDict)
 
     @property
     def timesteps(self) -> Tensor | None:
@@ -158,16 +155,7 @@ class Session:
     def layout(self, sequence: Sequence, suffix: int, device: torch.device) -> TileLayout:
         """The layout of a sequence with so many of its suffix tokens."""
         tile = self.tile if self.config is None else self.config.tile
-        key = (sequence.grid, sequence.prefix, suffix, tile, device)
-        if key not in self._layouts:
-            if tile is None:
-                layout = TileLayout.fit(sequence.grid, prefix=sequence.prefix, suffix=suffix)
-            else:
-                layout = TileLayout(sequence.grid, tile, sequence.prefix, suffix)
-            self._layouts[key] = layout.on(device)
-            while len(self._layouts) > _LAYOUTS:
-                self._layouts.popitem(last=False)
-        return self._layouts[key]
+        return kept_layout(sequence.grid, tile, sequence.prefix, suffix, device)
 
     def attend(
         self,

@@ -1,0 +1,52 @@
+"""The layouts that attached models use, kept for later forwards and for compiled code."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import OrderedDict
+
+import torch
+
+from openvsa.config import machine_fact
+from openvsa.layout import TileLayout
+
+__all__ = ["kept_layout"]
+
+_MOST = 64  # kept at a time: a layout of 100,000 tokens has index tensors of some megabytes
+
+
+class _Shelf:
+    """Holds each layout as an attribute. torch.compile reads attributes of a global object as they are at that time,
+    and guards them; a layout made while it traces would become an output of the graph, and a dict it reads once."""
+
+
+_SHELF = _Shelf()
+_NAMES: OrderedDict[tuple[object, ...], str] = OrderedDict()
+_COUNT = itertools.count()
+
+
+def kept_layout(
+    grid: tuple[int, ...], tile: tuple[int, ...] | None, prefix: int, suffix: int, device: torch.device
+) -> TileLayout:
+    """The layout of a lattice in tiles of `tile` (None: those that fit best), its index tensors on `device`."""
+    # Compiled code is for one lattice, also where torch.compile takes sizes for symbols.
+    grid = tuple(operator.index(side) for side in grid)
+    tile = None if tile is None else tuple(operator.index(side) for side in tile)
+    return getattr(_SHELF, _name(grid, tile, operator.index(prefix), operator.index(suffix), device))
+
+
+@machine_fact
+def _name(grid: tuple[int, ...], tile: tuple[int, ...] | None, prefix: int, suffix: int, device: torch.device) -> str:
+    key = (grid, tile, prefix, suffix, device)
+    if key not in _NAMES:
+        if tile is None:
+            layout = TileLayout.fit(grid, prefix=prefix, suffix=suffix)
+        else:
+            layout = TileLayout(grid, tile, prefix, suffix)
+        name = f"layout_{next(_COUNT)}"
+        setattr(_SHELF, name, layout.on(device))
+        _NAMES[key] = name
+        while len(_NAMES) > _MOST:
+            delattr(_SHELF, _NAMES.popitem(last=False)[1])
+    return _NAMES[key]
