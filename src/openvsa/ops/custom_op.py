@@ -9,6 +9,8 @@ output, which the first alone reads, is given back before there are gradients of
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +35,7 @@ def run_kernel(kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, sc
     )  # fmt: skip
 
 
+@cache
 def _kernel(name: str) -> ModuleType:
     return importlib.import_module(f"openvsa.ops.backends.{name}")
 
@@ -62,6 +65,14 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Ten
     return q.new_empty(batch, q_len, heads, v.shape[-1]), q.new_empty(batch, heads, q_len, dtype=lse_dtype)
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """For a backward pass, which may be started inside an autocast region. Most are not, and to enter such a context
+    takes the host 10 microseconds."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -82,8 +93,7 @@ def _backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = PlanTensors(q_offsets, kv_offsets, kv_num_blocks, kv_indices, q_starts, q_indices, max_q_block, max_kv_block)
-    # A backward pass may be started inside an autocast region.
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         return _kernel(kernel).backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
 
 
@@ -102,7 +112,7 @@ def _backward_q(
     q_indices: Tensor, max_q_block: int, max_kv_block: int, scale: float, kernel: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     plan = PlanTensors(q_offsets, kv_offsets, kv_num_blocks, kv_indices, q_starts, q_indices, max_q_block, max_kv_block)
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         return _kernel(kernel).backward_q(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
 
 
@@ -122,7 +132,7 @@ def _backward_kv(
     q_indices: Tensor, max_q_block: int, max_kv_block: int, scale: float, kernel: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     plan = PlanTensors(q_offsets, kv_offsets, kv_num_blocks, kv_indices, q_starts, q_indices, max_q_block, max_kv_block)
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         return _kernel(kernel).backward_kv(grad_out, q, k, v, lse, row_terms, plan, scale)
 
 

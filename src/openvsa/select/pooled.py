@@ -44,6 +44,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     same leading dimensions."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Product.apply(a, b)
+    return _product(a, b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(a.device.type):
         return a @ b
     with torch.autocast(a.device.type, enabled=False):
@@ -55,14 +59,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        with torch.autocast(a.device.type, enabled=False):
-            return a @ b
+        return _product(a, b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         # This may run inside an autocast region of its own.
         a, b = ctx.saved_tensors
-        return _Product.apply(grads[0], b.mT), _Product.apply(a.mT, grads[0])
+        return product(grads[0], b.mT), product(a.mT, grads[0])
 
 
 def _block_scores_kernel(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
