@@ -285,8 +285,9 @@ def _dkv_kernel(
         row_head = (batch * tl.num_programs(1) * GROUP + head).to(tl.int64) * seq_q
         plan_row = (batch * plan_steps[0] + head * plan_steps[1]).to(tl.int64)
         starts = q_starts + plan_row * (num_kv_blocks + 1) + kv_block
-        q_list = q_indices + plan_row * list_width
-        for step in range(tl.load(starts) * Q_PIECES, tl.load(starts + 1) * Q_PIECES):
+        first = tl.load(starts)
+        q_list = q_indices + plan_row * list_width + first
+        for step in range((tl.load(starts + 1) - first) * Q_PIECES):
             entry = step // Q_PIECES
             q_row = (step - entry * Q_PIECES) * BLOCK_M
             start, length = _block_walked(q_offsets, tl.load(q_list + entry), Q_PIECES * BLOCK_M, MAPPED)
