@@ -180,32 +180,22 @@ def bench(
         return
     if compare is not None:
         raise typer.Exit(compare_files(*compare, threshold))
+    command = shlex.join(["openvsa", *sys.argv[1:]])
+    common = {"device": device, "out": out, "seconds": seconds, "commit": commit, "command": command}
     if model is not None:
         if case or contenders:
             raise OpenVSAError("--case and --contenders are about kernels; --model takes models by name")
         from openvsa.cli.bench_models import parse_options, run_bench_models
 
-        status = run_bench_models(
-            models=model.split(","),
-            device=device,
-            options=parse_options(density, mode, profile),
-            out=out,
-            seconds=seconds,
-            commit=commit,
-            command=shlex.join(["openvsa", *sys.argv[1:]]),
-        )
-        raise typer.Exit(status)
+        options = parse_options(density, mode, profile)
+        raise typer.Exit(run_bench_models(models=model.split(","), options=options, **common))
     if profile:
         raise OpenVSAError("--profile is for whole models: add --model NAME (see --list)")
     status = run_bench(
         cases=case.split(",") if case else [],
         suite=suite,
         names=contenders.split(",") if contenders else None,
-        device=device,
-        out=out,
-        seconds=seconds,
-        commit=commit,
-        command=shlex.join(["openvsa", *sys.argv[1:]]),
+        **common,
     )
     raise typer.Exit(status)
 

@@ -20,7 +20,7 @@ from openvsa.errors import OpenVSAError
 from openvsa.ops.capability import Problem
 from openvsa.plan import BlockPlan
 
-__all__ = ["compare_files", "list_all", "run_bench"]
+__all__ = ["compare_files", "find_device", "list_all", "make_console", "print_end", "run_bench"]
 
 # The dense kernel that ratios are shown to: the first of these that was measured.
 _RIVALS = ("dense-fa4", "dense-cudnn", "dense-flash")
@@ -65,10 +65,7 @@ def run_bench(
             chosen, who, where, out=out, command=command, commit=commit or this_commit(), seconds=seconds,
             say=say, on_case=show,
         )  # fmt: skip
-    if record["not_run"]:
-        console.print(f"{seconds:g} s are spent; not run: {', '.join(record['not_run'])}", highlight=False)
-    if path is not None:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    print_end(record, path, console)
     failed = [case["name"] for case in record["cases"] if not case["passed"]]
     if failed:
         console.print(f"not timed, because the correctness gate failed: {', '.join(failed)}", highlight=False)
@@ -77,6 +74,15 @@ def run_bench(
     if absent:
         console.print(f"asked for, but measured in no case: {', '.join(absent)} (why: see above)", highlight=False)
     return 1 if failed or absent else 0
+
+
+def print_end(record: dict[str, Any], path: Path | None, console: Console) -> None:
+    """What a run left out for lack of time, and where its results are."""
+    if record["not_run"]:
+        spent = record["settings"]["seconds"]
+        console.print(f"{spent:g} s are spent; not run: {', '.join(record['not_run'])}", highlight=False)
+    if path is not None:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def compare_files(before: Path, after: Path, threshold: float, console: Console | None = None) -> int:

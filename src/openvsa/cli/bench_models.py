@@ -11,7 +11,7 @@ from rich.table import Table
 from openvsa.bench.model_cases import MODELS, find_models
 from openvsa.bench.model_run import ModelOptions, run_models
 from openvsa.bench.record import commit as this_commit
-from openvsa.cli.bench import find_device, make_console
+from openvsa.cli.bench import find_device, make_console, print_end
 from openvsa.config import Budget
 from openvsa.errors import OpenVSAError, require
 
@@ -63,10 +63,7 @@ def run_bench_models(
         chosen, where, options, out=out, command=command, commit=commit or this_commit(), seconds=seconds, say=say,
         on_case=lambda found: print_model(found, console),
     )  # fmt: skip
-    if record["not_run"]:
-        console.print(f"{seconds:g} s are spent; not run: {', '.join(record['not_run'])}", highlight=False)
-    if path is not None:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    print_end(record, path, console)
     return 0 if all(case["passed"] for case in record["cases"]) else 1
 
 
