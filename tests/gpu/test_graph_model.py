@@ -103,7 +103,8 @@ def test_reduce_overhead(model: Model, whole: bool) -> None:
         assert seed == 0 or distance(expected[seed], expected[seed - 1]) > 0.5
 
 
-def test_kept_plans_are_right_or_refused_under_reduce_overhead(model: Model) -> None:
+def test_kept_plans_are_right_under_reduce_overhead(model: Model) -> None:
+    """Graphs overwrite what they made; plans that serve more than one step are copied at the end of a forward."""
     expected = []
     with openvsa.sparsify(model.transformer, config=settings(reuse_steps=2)):
         for seed in range(4):
@@ -111,14 +112,7 @@ def test_kept_plans_are_right_or_refused_under_reduce_overhead(model: Model) -> 
             expected.append(model())
     openvsa.sparsify(model.transformer, config=settings(reuse_steps=2))
     model.transformer.compile_repeated_blocks(mode="reduce-overhead", fullgraph=True)
-    refused = ""
     for seed in range(4):
         model.draw(seed, 900.0 - seed)
         torch.compiler.cudagraph_mark_step_begin()
-        try:
-            out = model()
-        except openvsa.UnsupportedError as error:
-            refused = str(error)
-            break
-        assert distance(out, expected[seed]) < 0.05
-    assert not refused or "reduce-overhead" in refused
+        assert distance(model(), expected[seed]) < 0.05

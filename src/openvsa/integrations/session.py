@@ -103,6 +103,27 @@ class Kept:
     """The plans of one layer and one branch of guidance, by part, that serve more than one step."""
 
     plans: dict[int, BlockPlan] = field(default_factory=dict)
+    compiled: bool = False  # they were made in a compiled block, and may lie in memory of its CUDA graph
+
+    def settle(self) -> None:
+        """Give plans from compiled blocks memory that no replay overwrites.
+
+        Raises:
+            UnsupportedError: it was overwritten already.
+        """
+        try:
+            self.plans = {
+                place: BlockPlan(plan.kv_num_blocks.clone(), plan.kv_indices.clone(), plan.q_blocks, plan.kv_blocks)
+                for place, plan in self.plans.items()
+            }
+        except RuntimeError as error:
+            raise UnsupportedError(
+                "the plans that reuse_steps keeps were made inside CUDA graphs of torch.compile, which overwrote them; "
+                "call torch.compiler.cudagraph_mark_step_begin() before each forward of the transformer, compile "
+                "without mode='reduce-overhead', or leave reuse_steps at 1",
+                {},
+            ) from error
+        self.compiled = False
 
 
 @dataclass
@@ -291,6 +312,7 @@ class Session:
                     plan = select_by_head(config.selector, q, k, layout, budget)
                 if kept is not None:
                     kept.plans[place] = plan
+                    kept.compiled = torch.compiler.is_compiling()
             out = block_sparse_attention(q, k, v, plan, scale=scale, backend=config.backend)
         if not forward.hoisted:
             out = layout.unpermute(out)
@@ -374,18 +396,6 @@ class Session:
             callback(event)
 
 
-def _check_alive(plan: BlockPlan) -> None:
-    """Refuse a kept plan whose memory torch.compile has taken back for the next replay of its CUDA graphs."""
-    try:
-        plan.kv_indices.data_ptr()
-    except RuntimeError as error:
-        raise UnsupportedError(
-            "the plans that reuse_steps keeps were made inside CUDA graphs of torch.compile, which overwrite them; "
-            "compile without mode='reduce-overhead', or leave reuse_steps at 1",
-            {},
-        ) from error
-
-
 class _Clock:
     """The time from its making to `stop`; on a GPU told by events, which do not wait."""
 
@@ -453,6 +463,12 @@ class Site:
                 layout.check(f"the argument {name}", value.shape[1])
                 arguments[name] = layout.permute(value)
         return (), arguments
+
+    def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward hook of the transformer."""
+        for processor in self.processors:
+            if processor.kept is not None and processor.kept.compiled:
+                processor.kept.settle()
 
     def enter(self, module: nn.Module, args: Any, output: Any, first: int, last: int) -> Any:
         """The forward hook of an entry: lattice axes first to last of its output to block order."""
@@ -574,7 +590,4 @@ class Site:
         if found is None or found.about != about or not 0 < step - found.step < serves:
             found = _Reuse(step, about, {})
             branches.keep(condition, found)
-        for kept in found.layers.values():
-            for plan in kept.plans.values():
-                _check_alive(plan)
         return found
