@@ -16,6 +16,7 @@ from torch import Tensor
 
 from helpers import DEVICE, Case, equal_lens, expected, lattice_cases, make_inputs, offsets, random_lens, sample
 from openvsa import BlockPlan, UnsupportedError, block_sparse_attention
+from openvsa.bench.oracle import run_reference, sensitivity
 from openvsa.ops.capability import Backend, capability_of
 from openvsa.ops.registry import backends, choose
 from tolerance import FORWARD, GRADIENT, excess
@@ -215,6 +216,21 @@ def test_beyond_its_limits_a_backend_refuses(backend: Backend) -> None:
             choose(problem, backend.name)
         added = set(caught.value.reasons[backend.name]) - set(backend.unsupported_reasons(A_PROBLEM))
         assert added, f"no reason of its own for {problem}"
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("backend", here())
+def test_scales_that_are_not_positive(backend: Backend, scale: float) -> None:
+    inputs = make_inputs(small(backend), finest(backend))
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out, lse = block_sparse_attention(*leaves, inputs.plan, scale=scale, backend=backend.name, return_lse=True)
+    found = out, lse, *torch.autograd.grad((out, lse), leaves, (inputs.grad_out, inputs.grad_lse))
+    scaled = inputs._replace(scale=scale)
+    exact, naive = (run_reference(scaled, dtype) for dtype in (torch.float64, out.dtype))
+    for ours, plain, oracle, factor, terms in zip(
+        found, naive, exact, (FORWARD,) * 2 + (GRADIENT,) * 3, sensitivity(scaled, exact), strict=True
+    ):
+        assert excess(ours, plain, oracle, factor, terms) == []
 
 
 @pytest.mark.parametrize("backend", here())

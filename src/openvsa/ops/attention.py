@@ -97,6 +97,9 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`block_sparse_attention` of tensors and a plan that are known to fit each other."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if scale <= 0:
+        # Kernels look for the largest score, and hide what is past the end of a block, before they scale.
+        q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
     run = _choose(q, k, v, plan, backend).run
     device_type = q.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta tensors know no autocast
