@@ -309,3 +309,10 @@ def test_what_does_not_fit_is_refused() -> None:
         video_sparse_attention(q, k, v, layout, Budget(top_k=1, keep_first=2))
     with pytest.raises(UnsupportedError, match="'flex' cannot"):
         video_sparse_attention(q, k, v, layout, budget, backend="flex")
+
+
+def test_meta_tensors_give_shapes() -> None:
+    inputs = [x.detach().to("meta").requires_grad_() for x in make(dtype=torch.float32)]
+    out = video_sparse_attention(*inputs[:3], TileLayout(GRID, TILE), Budget(keep_ratio=0.5), inputs[3])
+    assert (out.device.type, out.shape) == ("meta", inputs[0].shape)
+    assert all(grad.is_meta for grad in torch.autograd.grad(out.sum(), inputs))

@@ -48,7 +48,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(a.device.type):
+    if a.is_meta or not torch.is_autocast_enabled(a.device.type):  # meta tensors know no autocast
         return a @ b
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
