@@ -8,6 +8,7 @@ kernel, which means the same; tests compare the two. With Triton's interpreter o
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,4 +37,11 @@ def kernels_on(device: torch.device) -> bool:
 
 @config.machine_fact
 def _gpu_is_new_enough(index: int | None) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+    if torch.version.hip is not None:
+        return True
+    return _capability(torch.cuda.current_device() if index is None else index) >= (8, 0)
+
+
+@cache  # every call of attention asks several times
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

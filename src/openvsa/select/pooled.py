@@ -36,7 +36,8 @@ def pooled_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
 
 def by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
     """Rows of the query heads that share a key head, one after another: x [B, N, H, D] to [B, Hkv, H / Hkv * N, D]."""
-    return x.transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    batch, rows, heads, dim = x.shape
+    return x.transpose(1, 2).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     q_pooled, k_pooled = ctx.saved_tensors
     batch, num_q, heads, dim = q_pooled.shape
     kv_heads = k_pooled.shape[2]
-    grad = grad.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    grad = grad.reshape(batch, kv_heads, heads // kv_heads * num_q, k_pooled.shape[1])
     grad_q = product(grad, k_pooled.transpose(1, 2)).reshape(batch, heads, num_q, dim).transpose(1, 2)
     grad_k = product(grad.mT, by_kv_head(q_pooled, kv_heads)).transpose(1, 2)
     return grad_q * ctx.scale, grad_k * ctx.scale, None

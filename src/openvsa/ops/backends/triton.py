@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -386,7 +387,12 @@ def _generation(x: Tensor) -> int | None:
     """The major compute capability of an NVIDIA GPU, None for others. The interpreter passes for a Hopper."""
     if x.device.type == "cpu":
         return 9
-    return torch.cuda.get_device_capability(x.device)[0] if torch.version.hip is None else None
+    return _major(x.device.index) if torch.version.hip is None else None
+
+
+@cache  # asked several times in every call
+def _major(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
 
 
 def _power_of_2(n: int) -> int:
