@@ -234,6 +234,16 @@ def test_scales_that_are_not_positive(backend: Backend, scale: float) -> None:
 
 
 @pytest.mark.parametrize("backend", here())
+def test_an_empty_batch(backend: Backend) -> None:
+    q, k, v, plan, *_ = make_inputs(small(backend), finest(backend))
+    leaves = [x[:0].detach().requires_grad_() for x in (q, k, v)]
+    out, lse = block_sparse_attention(*leaves, plan, backend=backend.name, return_lse=True)
+    assert (out.shape, lse.shape) == (leaves[0].shape, (0, q.shape[2], q.shape[1]))
+    grads = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+    assert [grad.shape for grad in grads] == [x.shape for x in leaves]
+
+
+@pytest.mark.parametrize("backend", here())
 def test_same_input_same_bits(backend: Backend) -> None:
     inputs = make_inputs(small(backend), finest(backend))
     with torch.no_grad():

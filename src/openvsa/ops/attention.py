@@ -101,6 +101,9 @@ def attend(
         # Kernels look for the largest score, and hide what is past the end of a block, before they scale.
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
     run = _choose(q, k, v, plan, backend).run
+    if not (torch.compiler.is_compiling() or q.numel()):
+        # Plain torch: a GPU refuses to launch nothing.
+        run = choose(Problem.of(q, k, v, plan), "reference").run
     device_type = q.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta tensors know no autocast
         # Backends choose their precision themselves: autocast would round their fp32 intermediates.
