@@ -155,3 +155,18 @@ def test_the_halves_of_the_backward_pass_as_operators() -> None:
     _, terms = custom_op._attention_backward_q(*arguments)
     arguments = inputs.grad_out, q, k, v, lse, terms, *lists
     torch.library.opcheck(torch.ops.openvsa.block_sparse_attention_backward_kv.default, arguments, test_utils=checks)
+
+
+def test_the_halves_compile_in_one_graph() -> None:
+    inputs = make_inputs(RAGGED, torch.float32)
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_sparse_attention(q * 2, k, v, inputs.plan, backend="triton") * 3
+
+    results = []
+    for compiled in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        out = compiled(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, inputs.grad_out)))
+    for eager, found in zip(*results, strict=True):
+        assert torch.equal(found, eager)
