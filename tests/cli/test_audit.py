@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from PIL import Image
 
 from openvsa import models
 from openvsa.evaluate.audit_figures import AuditFigures
@@ -73,7 +74,7 @@ def test_an_audit_is_a_page_its_numbers_and_a_table(openvsa_command: Callable, m
     assert outcome.status == 0, outcome.err
     assert f"open {out}/audit.html" in outcome.out
     assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json"]
-    assert made == [1, 3, 1, 3, 1, 3], "dense, sparse and with the table, one untimed step before each"
+    assert made == [2, 3, 2, 3, 2, 3], "dense, sparse and with the table, two untimed steps before each"
     figures = AuditFigures.from_json((out / "audit.json").read_text())
     assert figures.settings.model == "the bundled model"
     assert list(figures.steps) == [0, 2]
@@ -91,11 +92,34 @@ def test_without_a_table_and_without_options(
     monkeypatch.chdir(tmp_path)
     outcome = openvsa_command("audit")
     assert outcome.status == 0, outcome.err
-    assert made == [1, 8, 1, 8]
+    assert made == [2, 8, 2, 8]
     figures = AuditFigures.from_json(Path("audit/audit.json").read_text())
     assert list(figures.steps) == [1, 4, 6]
     assert figures.table is None
     assert "table" not in outcome.out
+
+
+def test_a_page_of_another_name_and_a_picture_of_ones_own(
+    openvsa_command: Callable, made: list[int], tmp_path: Path
+) -> None:
+    page, picture = tmp_path / "report.html", tmp_path / "start.png"
+    Image.new("RGB", (80, 48), (90, 20, 60)).save(picture)
+    outcome = openvsa_command("audit", "--image", picture, "--steps", 1, "--out", page)
+    assert outcome.status == 0, outcome.err
+    assert f"open {page}" in outcome.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "start.png"]
+    figures = AuditFigures.from_json((tmp_path / "report.json").read_text())
+    assert figures.settings.subject == "start"
+    assert openvsa_command(*shlex.split(figures.settings.command)[1:]).status == 0
+
+
+@pytest.mark.parametrize("budget", ["", "audit.html", "audit.json"])
+def test_a_table_does_not_replace_the_audit(
+    openvsa_command: Callable, made: list[int], tmp_path: Path, budget: str
+) -> None:
+    outcome = openvsa_command("audit", "--out", tmp_path, "--budget", tmp_path / budget)
+    assert (outcome.status, made) == (2, [])
+    assert "is a folder, or a file of the audit itself" in outcome.err
 
 
 def test_a_model_of_ones_own(openvsa_command: Callable, tmp_path: Path) -> None:

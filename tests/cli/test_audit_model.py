@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import tiny_pipelines
 from openvsa.evaluate.audit_figures import AuditFigures
@@ -31,6 +32,16 @@ def test_a_diffusers_pipeline(openvsa_command: Callable, wan: Path, tmp_path: Pa
     assert list(figures.steps) == [1]
     assert len(figures.sparse.quality.psnr) == 5
     assert BudgetTable.load(table).layers.keys() == set(figures.layers.values())
+
+
+def test_a_pipeline_that_continues_a_picture(openvsa_command: Callable, tmp_path: Path) -> None:
+    model, picture = tiny_pipelines.wan_from_picture(tmp_path / "model"), tmp_path / "start.png"
+    Image.new("RGB", (64, 48), (90, 20, 60)).save(picture)
+    outcome = openvsa_command("audit", model, *SMALL, "--out", tmp_path / "out")
+    assert outcome.status == 2
+    assert "continues a picture: give one with --image" in outcome.err
+    outcome = openvsa_command("audit", model, *SMALL, "--image", picture, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
 
 
 def test_a_scene_is_not_for_a_pipeline(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:

@@ -77,6 +77,14 @@ def test_the_command_on_the_page_makes_the_same_clips(
     assert made[1].figures.settings == settings
 
 
+def test_a_schedule_that_cannot_have_one_step(openvsa_command: Callable, tmp_path: Path) -> None:
+    """Mochi's, when everything is warmed up."""
+    model = tiny_pipelines.mochi(tmp_path / "model")
+    sizes = ["--height", 64, "--width", 96, "--frames", 7]
+    outcome = openvsa_command("generate", "--model", model, "--prompt", PROMPT, "--steps", 2, *sizes, "--out", tmp_path)
+    assert outcome.status == 0, outcome.err
+
+
 def test_the_seed_makes_another_clip(wan: Path) -> None:
     pipe = diffusers.WanPipeline.from_pretrained(wan)
     given = {"prompt": PROMPT, "height": 32, "width": 48, "num_frames": 5}

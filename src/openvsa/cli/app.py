@@ -79,6 +79,7 @@ def audit(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to make a video of, for a Diffusers pipeline.")] = None,
     scene: Annotated[str | None, typer.Option(help="Scene to continue, for the bundled model.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to continue.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, for a Diffusers pipeline.")] = None,
     width: Annotated[int | None, typer.Option(help="The same.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, for a Diffusers pipeline.")] = None,
@@ -92,7 +93,10 @@ def audit(
     query_blocks: Annotated[int, typer.Option(min=1, help="Query blocks to look at in each layer.")] = 64,
     by: Annotated[str, typer.Option(help="What --budget tries one by one: head, or the quicker layer.")] = "head",
     device: Device = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the page and its numbers.")] = Path("audit"),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for audit.html and its numbers, or another name for the page that ends in .html."),
+    ] = Path("audit"),
 ) -> None:
     """Measure what sparse attention keeps, loses and saves in a model, by layer, head and step."""
     from openvsa.cli.audit import run_audit
@@ -101,6 +105,7 @@ def audit(
         model=model,
         prompt=prompt,
         scene=scene,
+        image=image,
         sizes={"height": height, "width": width, "num_frames": frames},
         density=density,
         seed=seed,

@@ -31,6 +31,7 @@ def run_audit(
     model: str | None,
     prompt: str | None,
     scene: str | None,
+    image: Path | None,
     sizes: Mapping[str, int | None],
     density: float,
     seed: int,
@@ -49,6 +50,8 @@ def run_audit(
         model: a folder that `openvsa train` made, or a Diffusers pipeline; None is the bundled model.
         prompt, sizes: for a Diffusers pipeline: the text, and `height`, `width` and `num_frames`.
         scene: for the other two: the scene to continue.
+        image: for all: a picture to continue. Not every pipeline takes one.
+        out: see `write_audit`.
 
     Raises:
         OpenVSAError: an argument is wrong, a package is missing, or the model cannot be loaded.
@@ -59,7 +62,7 @@ def run_audit(
     from openvsa.evaluate import check_output_folder
     from openvsa.evaluate.audit import Audit
     from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings
-    from openvsa.evaluate.audit_page import write_audit
+    from openvsa.evaluate.audit_page import page_of, write_audit
     from openvsa.evaluate.files import atomic_path
 
     check_numbers(density, seed, steps)
@@ -70,11 +73,14 @@ def run_audit(
     audited = _audited(at, steps)
     where = available(device)
     if model is None or (Path(model) / "manifest.json").is_file():
-        subject = _own(model, scene, prompt, sizes, seed, where)
+        subject = _own(model, scene, prompt, image, sizes, seed, where)
     else:
-        subject = _diffusers(model, scene, prompt, sizes, seed, where)
-    check_output_folder(out)
+        subject = _diffusers(model, scene, prompt, image, sizes, seed, where)
+    target = page_of(out)
+    check_output_folder(target.parent)
     if budget is not None:
+        if budget.is_dir() or budget.absolute() in (target.absolute(), target.with_suffix(".json").absolute()):
+            raise OpenVSAError(f"--budget {budget} is a folder, or a file of the audit itself; name another file")
         check_output_folder(budget.parent)
 
     options = subject.options | {
@@ -139,27 +145,32 @@ def _own(
     model: str | None,
     scene: str | None,
     prompt: str | None,
+    image: Path | None,
     sizes: Mapping[str, int | None],
     seed: int,
     device: torch.device,
 ) -> _Subject:
     """The bundled model, or one that `openvsa train` made."""
     from openvsa import models
+    from openvsa.cli.generate import start
 
     given = ["prompt"] if prompt is not None else [name for name, size in sizes.items() if size is not None]
     if given:
-        raise OpenVSAError(f"{given[0]} is for Diffusers pipelines; this model continues a scene: give --scene")
+        raise OpenVSAError(
+            f"{given[0]} is for Diffusers pipelines; this model continues a scene: give --scene or --image"
+        )
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipe = models.load_bundled(device, dtype) if model is None else models.load_pipeline(Path(model), device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    chosen = pipe.scenes[0] if scene is None else pipe.find_scene(scene)
-    return _Subject(pipe, partial(pipe, scene=chosen.name, seed=seed), chosen.title, {"--scene": chosen.name})
+    title, (option, name), begin = start(pipe, scene, image)
+    return _Subject(pipe, partial(pipe, **begin, seed=seed), title, {option: name})
 
 
 def _diffusers(
     model: str,
     scene: str | None,
     prompt: str | None,
+    image: Path | None,
     sizes: Mapping[str, int | None],
     seed: int,
     device: torch.device,
@@ -173,14 +184,14 @@ def _diffusers(
     asks = inspect.signature(kind.__call__).parameters
     if "callback_on_step_end" not in asks:
         raise OpenVSAError(f"{kind.__name__} takes no callback_on_step_end, from which an audit learns the steps")
-    given = arguments(kind, asks, prompt, None, sizes)
+    given = arguments(kind, asks, prompt, image, sizes)
     pipe = load(kind, model, device)
 
     def make_clip(**keywords: Any) -> Tensor:
         # Drawn on the CPU, so that every device starts from the same noise.
         return clip_of(pipe(**given, **keywords, output_type="np", generator=torch.Generator().manual_seed(seed)))
 
-    options = {"--prompt": prompt, "--height": sizes["height"], "--width": sizes["width"]}
+    options = {"--prompt": prompt, "--image": image, "--height": sizes["height"], "--width": sizes["width"]}
     return _Subject(pipe, make_clip, shorten(prompt or "", 90), options | {"--frames": sizes["num_frames"]})
 
 

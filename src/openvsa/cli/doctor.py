@@ -19,7 +19,7 @@ __all__ = ["EXTRAS", "Question", "examine"]
 # The distributions behind each extra that a user chooses from.
 EXTRAS = {
     "cli": ("typer", "rich"),
-    "diffusers": ("diffusers", "transformers", "accelerate", "safetensors", "pyyaml"),
+    "diffusers": ("diffusers", "transformers", "accelerate", "safetensors", "pyyaml", "ftfy"),
     "fa4": ("flash-attn-4",),
     "hopper": ("cuda-core",),
     "io": ("safetensors",),

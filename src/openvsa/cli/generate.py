@@ -25,7 +25,7 @@ from openvsa.errors import OpenVSAError, require
 if TYPE_CHECKING:
     from openvsa.models import ClipPipeline
 
-__all__ = ["print_scenes", "run_generate"]
+__all__ = ["print_scenes", "run_generate", "start"]
 
 _CREDIT = (
     'The model was trained on the film "Big Buck Bunny", from which the scenes are taken, (c) copyright 2008, '
@@ -58,9 +58,9 @@ def run_generate(
     where = available(device)
     pipe = load_bundled(where, torch.float32 if where.type == "cpu" else torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    title, choice, start = _start(pipe, scene, image)
+    title, choice, begin = start(pipe, scene, image)
     check_output_folder(out)
-    make_clip = partial(pipe, **start, seed=seed)
+    make_clip = partial(pipe, **begin, seed=seed)
     options = {"--density": density, "--seed": seed, "--steps": steps, "--device": device, "--out": out}
     settings = Settings(
         scene=title,
@@ -90,7 +90,7 @@ def print_scenes(console: Console | None = None) -> None:
     (console or Console()).print(table)
 
 
-def _start(pipe: ClipPipeline, scene: str | None, image: Path | None) -> tuple[str, list[str], dict[str, Any]]:
+def start(pipe: ClipPipeline, scene: str | None, image: Path | None) -> tuple[str, list[str], dict[str, Any]]:
     """What the clips continue: its title, the option that chooses it, and the argument of the pipeline."""
     from openvsa.models.scenes import read_image
 

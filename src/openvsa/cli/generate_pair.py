@@ -123,9 +123,10 @@ def _timed(
     on_step: Callable[..., None],
     recorder: AttentionRecorder | None = None,
 ) -> TimedClip:
-    """One untimed step first, because the first use of every kernel and buffer is slower than the rest."""
+    """A short untimed generation first, because the first use of every kernel and buffer is slower than the rest. It
+    has two steps, as the schedule of Mochi cannot have one."""
     with attach():
-        make_clip(num_inference_steps=1)
+        make_clip(num_inference_steps=min(2, steps))
     with attach() as handle:
         if recorder is not None:
             handle.on_attention(recorder)

@@ -180,7 +180,8 @@ class Audit:
         """A clip, its final latents, its time and the delivered density; keeps the audited forwards if asked to, and
         how far the latents move in each step but the first, before which they are not told.
 
-        One untimed step first, because the first use of every kernel and buffer is slower than the rest.
+        A short untimed generation first, because the first use of every kernel and buffer is slower than the rest. It
+        has two steps, as the schedule of Mochi cannot have one.
         """
         done = self._on_progress(name, self._steps)
         last: dict[str, Any] = {"step": 0, "latents": None}
@@ -194,7 +195,9 @@ class Audit:
             return tensors
 
         with attach(self._pipe):
-            self._make_clip(num_inference_steps=1, callback_on_step_end=lambda _, __, ___, tensors: tensors)
+            self._make_clip(
+                num_inference_steps=min(2, self._steps), callback_on_step_end=lambda _, __, ___, tensors: tensors
+            )
         with attach(self._pipe) as handle, self._keep(forwards, last):
             begin = time.perf_counter()
             clip = self._make_clip(num_inference_steps=self._steps, callback_on_step_end=on_step_end)

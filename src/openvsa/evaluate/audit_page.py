@@ -16,7 +16,7 @@ from openvsa.evaluate.files import atomic_path, check_output_folder
 from openvsa.evaluate.picture import picture_data
 from openvsa.evaluate.recorder import AttentionRecord
 
-__all__ = ["Heatmap", "heatmaps", "render_audit", "write_audit"]
+__all__ = ["Heatmap", "heatmaps", "page_of", "render_audit", "write_audit"]
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,33 @@ class Heatmap:
     rows: tuple[tuple[str, tuple[tuple[str, float] | None, ...]], ...]
 
 
+def page_of(out: str | Path) -> Path:
+    """The page of an audit that is written to a folder, or to a page of another name, which ends in .html."""
+    out = Path(out)
+    return out if out.suffix.lower() in (".html", ".htm") and not out.is_dir() else out / "audit.html"
+
+
 def write_audit(
-    figures: AuditFigures, folder: str | Path, *, clip: Tensor | None = None, attention: AttentionRecord | None = None
+    figures: AuditFigures, out: str | Path, *, clip: Tensor | None = None, attention: AttentionRecord | None = None
 ) -> Path:
-    """Writes audit.json and audit.html, both or neither; returns the path of the page.
+    """Writes a page and the same numbers as JSON beside it, both or neither; returns the path of the page.
 
     Args:
+        out: a folder, which gets audit.html and audit.json, or the page's own name, which ends in .html.
         clip: the sparse clip, uint8 [frames, height, width, 3], which the picture of the tiles is drawn over.
         attention: what the picture shows; without both there is none.
 
     Raises:
         OpenVSAError: the folder cannot be written.
     """
-    folder = check_output_folder(folder)
+    target = page_of(out)
+    check_output_folder(target.parent)
     with ExitStack() as together:
         # A stack is left in the opposite order, so the page, entered first, appears last.
-        page, numbers = (together.enter_context(atomic_path(folder / name)) for name in ("audit.html", "audit.json"))
+        page, numbers = (together.enter_context(atomic_path(path)) for path in (target, target.with_suffix(".json")))
         numbers.write_text(figures.to_json(), encoding="utf-8")
         page.write_text(render_audit(figures, clip, attention), encoding="utf-8")
-    return folder / "audit.html"
+    return target
 
 
 def render_audit(figures: AuditFigures, clip: Tensor | None, attention: AttentionRecord | None) -> str:
