@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from helpers import DEVICE, equal_lens, offsets
-from openvsa import BlockPlan, MissingExtraError, PlanError, block_sparse_attention
-from openvsa.plan.convert import lists_to_csr, transpose_lists
+from openvsa import BlockPlan, Budget, MissingExtraError, PlanError, block_sparse_attention
+from openvsa.plan.convert import csr_to_lists, lists_to_csr, mask_to_lists, transpose_lists
 
 
 @st.composite
@@ -359,3 +359,21 @@ def test_compressed_rows_that_32_bits_cannot_count_are_refused() -> None:
     for convert in (lists_to_csr, lambda counts, indices: transpose_lists(counts, indices, 46341)):
         with pytest.raises(PlanError, match=r"46341 query blocks \* K = 46341; make the lists shorter"):
             convert(counts, indices)
+
+
+def test_lists_never_hold_more_than_they_can_where_nothing_is_checked() -> None:
+    """On a GPU, and here in compiled code, a row that is longer than promised is cut."""
+    mask = torch.ones(1, 1, 2, 5, dtype=torch.bool)
+    counts, indices = torch.compile(mask_to_lists, backend="eager", fullgraph=True)(mask, 3)
+    assert counts.tolist() == [[[3, 3]]]
+    assert indices.tolist() == [[[[0, 1, 2]] * 2]]
+    starts, packed = torch.tensor([[[0, 5, 7]]]).int(), torch.tensor([[[0, 1, 2, 3, 4, 1, 3]]]).int()
+    counts, indices = torch.compile(csr_to_lists, backend="eager", fullgraph=True)(starts, packed, 5, 3)
+    assert counts.tolist() == [[[3, 2]]]
+    assert indices.tolist() == [[[[0, 1, 2], [1, 3, 0]]]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 4), (1, 1, 2, 2), (1, 1, 3, 3), (1, 2, 3)], ids=str)
+def test_scores_of_other_blocks_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match="with 2 query blocks and 3 key blocks, got shape"):
+        BlockPlan.from_scores(torch.zeros(shape), Budget(top_k=1), [0, 1, 2], [0, 1, 2, 3])

@@ -82,8 +82,9 @@ class BlockPlan:
     ) -> BlockPlan:
         """From a dense mask, bool [B|1, H|1, NQ, NK], True = compute.
 
-        `max_blocks` bounds the True entries of any row and becomes K. Without it K is the longest row on the CPU,
-        and NK on other devices, where finding the longest row would mean waiting, and in compiled code.
+        `max_blocks` bounds the True entries of any row and becomes K; of a longer row, which only the CPU refuses, the
+        first so many are kept. Without it K is the longest row on the CPU, and NK on other devices, where finding the
+        longest row would mean waiting, and in compiled code.
 
         Raises:
             PlanError: the mask is not bool, or does not match the offsets.
@@ -108,8 +109,18 @@ class BlockPlan:
         *,
         forced: Tensor | None = None,
     ) -> BlockPlan:
-        """The best key blocks of each query block by `scores` [B|1, H|1, NQ, NK] (see `openvsa.plan.rank`)."""
-        return cls(*rank(scores, budget, forced), BlockOffsets.of(q_offsets), BlockOffsets.of(kv_offsets))
+        """The best key blocks of each query block by `scores` [B|1, H|1, NQ, NK] (see `openvsa.plan.rank`).
+
+        Raises:
+            PlanError: the scores do not match the offsets.
+        """
+        q_blocks, kv_blocks = BlockOffsets.of(q_offsets), BlockOffsets.of(kv_offsets)
+        if scores.dim() != 4 or tuple(scores.shape[2:]) != (q_blocks.num_blocks, kv_blocks.num_blocks):
+            raise PlanError(
+                f"scores must be [B|1, H|1, NQ, NK] with {q_blocks.num_blocks} query blocks and {kv_blocks.num_blocks} "
+                f"key blocks, got shape {tuple(scores.shape)}"
+            )
+        return cls(*rank(scores, budget, forced), q_blocks, kv_blocks)
 
     @classmethod
     def from_csr(

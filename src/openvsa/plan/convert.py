@@ -35,6 +35,8 @@ def mask_to_lists(mask: Tensor, max_blocks: int | None) -> tuple[Tensor, Tensor]
             raise PlanError(f"max_blocks is {max_blocks}, but a row of the mask has {longest} blocks")
         width = longest if max_blocks is None else width
     order = mask.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+    # A broken promise about max_blocks must not make kernels read beyond the list.
+    counts = counts if max_blocks is None else counts.clamp(max=width)
     return counts, order[..., : max(width, 1)].int()
 
 
@@ -66,6 +68,7 @@ def csr_to_lists(starts: Tensor, indices: Tensor, num_kv: int, max_blocks: int |
         if longest > width:
             raise PlanError(f"a row of the compressed form has {longest} blocks, but at most {width} are possible")
         width = longest if max_blocks is None else width
+    counts = counts if max_blocks is None else counts.clamp(max=width)  # as above
     slot = torch.arange(max(width, 1), device=starts.device)
     if indices.shape[-1] == 0:
         return counts, torch.zeros(*counts.shape, 1, dtype=torch.int32, device=starts.device)
