@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable
@@ -539,10 +540,13 @@ class Site:
         and so does training."""
         if self.session.branch is not None or (self.transformer.training and torch.is_grad_enabled()):
             return ""
-        share = share_of(budget, layout.num_tiles)
+        # torch.compile may take any number for a symbol.
+        tokens, tiles = operator.index(layout.num_tokens), operator.index(layout.num_tiles)
+        heads, head_dim = (operator.index(number) for number in self.family.heads(self.transformer))
+        share = share_of(budget, tiles)
         if share == 1.0:  # never worth it: whoever asks for it wants to see that it is the same
             return ""
-        why = objection(str(device), layout.num_tokens, *self.family.heads(self.transformer), share)
+        why = objection(str(device), tokens, heads, head_dim, share.__float__())
         if why and not self.told and not torch.compiler.is_compiling():
             self.told = True
             warnings.warn(f"attention stays dense: {why}; SparsityConfig(min_tokens=0) makes it sparse", stacklevel=2)
@@ -550,7 +554,7 @@ class Site:
 
     def _step(self, sequence: Sequence, timestep: Tensor | None) -> int:
         if torch.compiler.is_compiling():
-            _refuse_compiled_steps()
+            _refuse_compiled_steps()  # pyright: ignore[reportCallIssue]
         if _captures_graph():
             raise UnsupportedError(
                 "settings that depend on the denoising step are decided on the host in every forward, and the replays "
