@@ -187,7 +187,7 @@ def _forward_kernel(
             )
             scores = _dot(q_tile, tl.trans(k_tile))
 
-        # The scale is not negative, and a repeated last token does not change a maximum.
+        # The scale is positive, and a repeated last token does not change a maximum.
         new_max = tl.maximum(row_max, tl.max(scores, 1) * score_scale)
         shrink = tl.exp2(row_max - new_max)
         p = tl.exp2(scores * score_scale - new_max[:, None])
@@ -473,12 +473,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     """Attention of every query block over the key blocks of its list.
 
     Shapes: q [B, Sq, H, D], k and v [B, Skv, Hkv, D], any strides; D <= 256 and H a multiple of Hkv. A tensor is
-    copied only if its last dimension is not contiguous (or its token stride reaches 2**24 elements).
+    copied only if its last dimension is not contiguous (or its token stride reaches 2**24 elements). The scale is
+    positive.
     Returns out [B, Sq, H, D] in the dtype of q, and lse [B, H, Sq] fp32; 0 and -inf for a row that reads nothing.
     """
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
-    if scale < 0:  # the kernel takes the maximum before it scales
-        q, scale = -q, -scale
     batch, seq_q, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)

@@ -47,10 +47,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     """Attention of every query block over the key blocks of its list.
 
     Shapes: q [B, Sq, H, D], k and v [B, Skv, Hkv, D], D 64 or 128, bfloat16 or float16. A tensor is copied only if its
-    last dimension is not contiguous or its rows do not begin at multiples of 16 bytes.
+    last dimension is not contiguous or its rows do not begin at multiples of 16 bytes. The scale is positive.
     Returns out [B, Sq, H, D] in the dtype of q, and lse [B, H, Sq] fp32; 0 and -inf for a row that reads nothing.
     """
-    q, k, v, scale = _positive(q, scale), _loadable(k), _loadable(v), abs(scale)
+    q, k, v = _loadable(q), _loadable(k), _loadable(v)
     plan = _contiguous(plan)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
@@ -78,8 +78,7 @@ def backward_q(
 
     do [B, Sq, H, D] in the dtype of q; dlse, lse [B, H, Sq] fp32. Deterministic, and so is `backward_kv`.
     """
-    negative = scale < 0
-    q, k, v, do, out, scale = _positive(q, scale), _loadable(k), _loadable(v), _loadable(do), _loadable(out), abs(scale)
+    q, k, v, do, out = (_loadable(x) for x in (q, k, v, do, out))
     lse, dlse, plan = lse.contiguous(), dlse.contiguous(), _contiguous(plan)
     dq, terms = torch.empty(q.shape, dtype=q.dtype, device=q.device), row_terms(q, plan)
     variant = Variant.of("dq", q, plan)
@@ -89,14 +88,14 @@ def backward_q(
         maps = (tensor_map(k), tensor_map(v), tensor_map(do))
         rest = (q, out, do, dq, lse, dlse, terms, _counter(q))
         launch(variant, items, *maps, _query_problem(q, k, plan), *rest, *steps, scale)
-    return -dq if negative else dq, terms
+    return dq, terms
 
 
 def backward_kv(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, _lse: Tensor, terms: Tensor, plan: PlanTensors, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of k and v, in their dtypes and shapes. The plan must carry its transpose. lse is in `terms`."""
-    q, k, v, do, scale = _positive(q, scale), _loadable(k), _loadable(v), _loadable(do), abs(scale)
+    q, k, v, do = (_loadable(x) for x in (q, k, v, do))
     plan = _contiguous(plan)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     num_q_blocks, width = plan.kv_indices.shape[2:]
@@ -111,11 +110,6 @@ def backward_kv(
         maps = (tensor_map(q), tensor_map(do), tensor_map(k), tensor_map(v))
         launch(variant, items, *maps, problem, terms, dk, dv, _counter(q), scale)
     return dk, dv
-
-
-def _positive(q: Tensor, scale: float) -> Tensor:
-    # The kernels look for the largest score before scaling.
-    return _loadable(-q if scale < 0 else q)
 
 
 def _loadable(x: Tensor) -> Tensor:
