@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from openvsa.bench import model_run
 
@@ -39,6 +40,16 @@ def test_what_is_left_out_is_said(openvsa_command: Callable, monkeypatch: pytest
     outcome = openvsa_command("bench", "--device", "cpu", "--model", "tiny-wan", "--density", "0.5")
     assert outcome.status == 0
     assert "  without dense-fa4: cannot be imported [x]" in outcome.out
+
+
+def test_a_model_too_large_for_memory_is_said(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def large(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(model_run, "measure_model", large)
+    outcome = openvsa_command("bench", "--device", "cpu", "--model", "tiny-wan")
+    assert outcome.status == 1
+    assert "tiny-wan FAILED: tried to allocate 80 GiB" in outcome.out
 
 
 def test_models_are_listed(openvsa_command: Callable) -> None:

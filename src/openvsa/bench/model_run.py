@@ -77,7 +77,10 @@ def run_models(
     for case in cases:
         if seconds is not None and time.perf_counter() - begin > seconds:
             break
-        found = measure_model(case, device, options, lambda text, case=case: say(f"{case.name}: {text}"))
+        try:
+            found = measure_model(case, device, options, lambda text, case=case: say(f"{case.name}: {text}"))
+        except torch.OutOfMemoryError as error:  # the next model may be smaller
+            found = {"name": case.name, "failed": [" ".join(str(error).split())[:400]], "rows": [], "passed": False}
         record["cases"].append(found)
         record["not_run"].remove(case.name)
         record["seconds"] = round(time.perf_counter() - begin, 1)

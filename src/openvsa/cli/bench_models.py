@@ -79,7 +79,10 @@ def list_models(console: Console | None = None) -> None:
 
 def print_model(found: dict[str, Any], console: Console) -> None:
     """The results of one model as a table, and where the time went."""
-    about = found["attention"]
+    about = found.get("attention")
+    if about is None:
+        console.print(f"{found['name']} FAILED: {'; '.join(found['failed'])}", markup=False, highlight=False)
+        return
     console.print(
         f"[bold]{found['name']}[/bold]  {found['note']}; {found['layers']} layers, {found['parameters'] / 1e9:.3g} B "
         f"parameters; {about['tokens']} tokens, tile {'x'.join(map(str, about['tile']))}, {about['tiles']} tiles, "
