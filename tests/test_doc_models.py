@@ -105,7 +105,10 @@ def test_steps_against_another_dense_kernel_are_estimated(tmp_path: Path) -> Non
         for name, ms in (("dense-cudnn", 10.0), ("dense-fa4", 9.0))
     ]
     case = {"name": "s32k-d64", "head_dim": 64, "passed": True, "rows": rows}
-    kernels = {"schema": SCHEMA, "date": "2026-01-01", "machine": {"device": "GPU"}, "cases": [case]}
+    kernels = {
+        "schema": SCHEMA, "date": "2026-01-01", "commit": "abc", "versions": {}, "machine": {"device": "GPU"},
+        "cases": [case],
+    }  # fmt: skip
     (tmp_path / "bench-gpu.json").write_text(json.dumps(kernels))
     newest = record("2026-04-01", "ltx", 1.0, head_dim=64)
     newest["cases"][0]["rows"] = [
