@@ -84,7 +84,9 @@ def mochi(folder: Path) -> Path:
     )
     config = T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     encoder = T5EncoderModel(config).eval()
-    MochiPipeline(FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer(), transformer).save_pretrained(folder)
+    MochiPipeline(
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, encoder, tokenizer(), transformer
+    ).save_pretrained(folder)
     return folder
 
 

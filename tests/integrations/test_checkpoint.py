@@ -251,6 +251,8 @@ def test_a_failure_half_way_leaves_nothing(sharded: Path, tmp_path: Path, monkey
 def test_wrong_arguments(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OpenVSAError, match="exists already"):
         convert(folder, folder)
+    with pytest.raises(OpenVSAError, match="is inside of"):
+        convert(folder, folder / "converted")
     with pytest.raises(OpenVSAError, match="does not exist"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(OpenVSAError, match="no safetensors file"):

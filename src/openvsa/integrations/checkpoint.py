@@ -181,6 +181,8 @@ def convert(
         raise OpenVSAError(f"branch must be one of {', '.join(get_args(Branch))}, got {branch!r}")
     if target.exists():
         raise OpenVSAError(f"{target} exists already; give a path that does not, so that nothing is overwritten")
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise OpenVSAError(f"{target} is inside of {source}, whose files it would join; give a path elsewhere")
     checkpoint = _open(source)
     names = rename(checkpoint.places, to)
     plan = _Plan.of(names, to, branch)
