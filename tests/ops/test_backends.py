@@ -366,6 +366,12 @@ def test_a_plan_with_broadcast_memory(backend: Backend) -> None:
     assert agree(backend, gradients(inputs, backend.name), gradients(inputs._replace(plan=dense), backend.name))
 
 
+def test_what_a_grid_of_triton_cannot_hold_is_refused() -> None:
+    (triton,) = (b for b in backends() if b.name == "triton")
+    assert triton.extra_reasons(replace(A_PROBLEM, batch=65535)) == []
+    assert triton.extra_reasons(replace(A_PROBLEM, batch=65536)) == ["takes a batch of at most 65535, not 65536"]
+
+
 def test_without_triton_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"pip install 'openvsa\[triton\]'"):

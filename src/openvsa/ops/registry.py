@@ -66,10 +66,14 @@ def _triton_available(device_type: str) -> list[str]:
 
 
 def _triton_reasons(problem: Problem) -> list[str]:
+    reasons = []
     # The major number alone: torch.compile in torch 2.11 cannot compare the tuple.
     if problem.capability and problem.capability[0] < 8:
-        return [f"needs a GPU of compute capability 8.0 or newer, not {problem.capability}"]
-    return []
+        reasons.append(f"needs a GPU of compute capability 8.0 or newer, not {problem.capability}")
+    for name, count in (("batch", problem.batch), ("number of heads", problem.num_heads)):
+        if count > 65535:  # the second and third dimension of a grid
+            reasons.append(f"takes a {name} of at most 65535, not {count}")
+    return reasons
 
 
 def _flex_reasons(problem: Problem) -> list[str]:
