@@ -149,11 +149,12 @@ def _flex_reasons(problem: Problem, case: Case) -> list[str]:
 
 def _prepare_flex(plan: BlockPlan | None, case: Case) -> Attend:
     assert plan is not None
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import flex_attention
 
     # A backward pass that gives its buffers away can run only once, and is timed many times. PyTorch asks for this both
     # when it compiles and when it runs the pass.
-    torch._functorch.config.donated_buffer = False
+    config.donated_buffer = False
     mask, grouped = plan.to_flex_block_mask(), case.key_heads != case.heads
     compiled = torch.compile(flex_attention, fullgraph=True)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)  # pyright: ignore[reportReturnType]
