@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import io
 import warnings
@@ -366,6 +367,26 @@ def test_a_processor_put_around_ours_stays_and_ours_steps_aside() -> None:
     assert not torch.equal(run(model), dense)
     handle.detach()
     assert model.blocks[0].attn1.processor is around
+    assert torch.equal(run(model), dense)
+
+
+def test_a_processor_of_diffusers_in_the_place_of_ours_is_refused() -> None:
+    """Its layer would be dense, and not even in the report."""
+    model = tiny_wan()
+    dense = run(model)
+    handle = attach(model)
+    sparse = run(model)
+    ours = model.blocks[1].attn1.processor
+    model.blocks[1].attn1.set_processor(WanAttnProcessor())
+    with pytest.raises(openvsa.UnsupportedError, match=r"blocks\.1\.attn1 was replaced by WanAttnProcessor"):
+        run(model)
+    model.blocks[1].attn1.set_processor(ours)
+    assert torch.equal(run(model), sparse)
+    model.set_attn_processor(WanAttnProcessor())
+    handle.config = dataclasses.replace(handle.config, strict=False)
+    with pytest.warns(UserWarning, match="was replaced by WanAttnProcessor"):
+        torch.testing.assert_close(run(model), dense)
+    handle.detach()
     assert torch.equal(run(model), dense)
 
 

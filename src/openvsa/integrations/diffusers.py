@@ -131,8 +131,7 @@ def attach(
         session.branch = LearnedBranch.of([attn for attn, _ in layers]) or session.branch
     # Everything that can be wrong is found before the model is changed.
     sites = [
-        Site(session, family, transformer, [processor for _, processor in layers], family.hoist(transformer))
-        for transformer, family, layers in found
+        Site(session, family, transformer, layers, family.hoist(transformer)) for transformer, family, layers in found
     ]
     _settle(session, sites, names, config)
     restore: list[Callable[[], None]] = []

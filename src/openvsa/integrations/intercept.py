@@ -116,6 +116,17 @@ class SparseProcessor:
             self._without_call(dense, attn, args, kwargs)
         return out
 
+    def check_place(self, attn: Any) -> None:
+        """Refuse a forward in which Diffusers has put a processor of its own in this one's place. Others' may be around
+        this one."""
+        now = attn.processor
+        if now is not self and type(now).__module__.startswith("diffusers."):
+            self.refuse(
+                f"the processor of {self.name} was replaced by {type(now).__name__} after it was made sparse (by "
+                "set_attn_processor, or fuse_qkv_projections of CogVideoX); detach the handle first, and sparsify "
+                "again afterwards"
+            )
+
     def _without_call(self, dense: bool, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if dense:
             self.session.count_unseen(self)

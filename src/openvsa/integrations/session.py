@@ -427,13 +427,15 @@ class Site:
     session: Session
     family: Family
     transformer: Any
-    processors: list[SparseProcessor]
+    attentions: list[tuple[nn.Module, SparseProcessor]]
     hoist: Hoist | None
     dense_layers: frozenset[int] = frozenset()
     told: bool = False
+    processors: list[SparseProcessor] = field(init=False)
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.processors = [processor for _, processor in self.attentions]
         # The class's own forward: offloading hooks put another on the instance.
         self.names = forward_names(type(self.transformer))
 
@@ -451,6 +453,8 @@ class Site:
             hoisted=False,
         )  # fmt: skip
         dense = self._decide(sequence, timestep, self.family.condition((), arguments), device)
+        for attn, processor in () if dense else self.attentions:
+            processor.check_place(attn)
         if dense or self.hoist is None or getattr(module, "is_cache_enabled", False):
             # A cache holds hidden states of other steps, whose order may be another.
             return None
@@ -578,9 +582,7 @@ class Site:
         timesteps = self.session.timesteps
         if timesteps is None:
             raise UnsupportedError(
-                "dense_last_steps needs the scheduler of the pipeline that was given to sparsify, and that pipeline, "
-                "or its scheduler, is gone; keep it, or leave out dense_last_steps",
-                {},
+                "dense_last_steps needs the pipeline given to sparsify, but it, or its scheduler, is gone; keep it", {}
             )
         # Video to video begins midway.
         return len(timesteps[getattr(self.session.pipeline().scheduler, "begin_index", None) or 0 :].unique())
