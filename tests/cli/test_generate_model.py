@@ -19,6 +19,7 @@ import tiny_pipelines
 from openvsa import evaluate
 from openvsa.cli import generate_model, pipelines
 from openvsa.evaluate import Comparison, Figures, read_video
+from openvsa.integrations.branch import add_branch
 from openvsa.integrations.report import LayerReport, SparsityReport
 
 FILES = ["dense.mp4", "report.html", "report.json", "side_by_side.mp4", "sparse.mp4"]
@@ -75,6 +76,25 @@ def test_the_command_on_the_page_makes_the_same_clips(
     assert torch.equal(made[0].dense_clip, made[1].dense_clip)
     assert torch.equal(made[0].sparse_clip, made[1].sparse_clip)
     assert made[1].figures.settings == settings
+
+
+def test_weights_that_were_trained_with_vsa_keep_their_branch(
+    openvsa_command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusers leaves it out. A name on the hub is a folder once it is downloaded."""
+    model = tiny_pipelines.wan(tmp_path / "model")
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(model / "transformer")
+    add_branch(transformer)
+    torch.nn.init.normal_(transformer.blocks[1].attn1.to_gate_compress.weight)
+    transformer.save_pretrained(model / "transformer")
+    monkeypatch.setattr(diffusers.WanPipeline, "download", lambda name: {"someone/wan": str(model)}[name])
+    for name in (str(model), "someone/wan"):
+        pipe = pipelines.load(diffusers.WanPipeline, name, torch.device("cpu"))
+        found = pipe.transformer.blocks[1].attn1.to_gate_compress.weight
+        assert torch.equal(found, transformer.blocks[1].attn1.to_gate_compress.weight)
+    outcome = openvsa_command("generate", "--model", model, *SMALL, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    assert "transformer: trained with VSA" in outcome.out
 
 
 def test_a_schedule_that_cannot_have_one_step(openvsa_command: Callable, tmp_path: Path) -> None:

@@ -97,11 +97,21 @@ def _read(path: Path, sizes: Mapping[str, int | None]) -> Any:
 
 
 def load(kind: Any, model: str, device: torch.device) -> Any:
-    """In fp32 on a CPU and in bf16 on a GPU."""
+    """In fp32 on a CPU and in bf16 on a GPU. A Wan model that was trained with VSA gets its branch weights, which
+    Diffusers leaves out, and says so."""
+    from openvsa.integrations.branch import load_branch
+    from openvsa.integrations.checkpoint import has_branch
+
     try:
-        pipe = kind.from_pretrained(model, torch_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+        folder = Path(model) if Path(model).is_dir() else Path(kind.download(model))
+        pipe = kind.from_pretrained(folder, torch_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
     except (OSError, ValueError, ImportError) as error:
         raise OpenVSAError(f"cannot load {model!r}: {error}") from error
+    for name in ("transformer", "transformer_2"):
+        transformer = getattr(pipe, name, None)
+        if type(transformer).__name__ == "WanTransformer3DModel" and has_branch(folder / name):
+            load_branch(transformer, folder / name)
+            print(f"{name}: trained with VSA; its compressed branch is computed in sparse calls")
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

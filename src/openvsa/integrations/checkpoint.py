@@ -23,7 +23,7 @@ from torch import Tensor
 
 from openvsa.errors import OpenVSAError, require
 
-__all__ = ["BRANCH", "Branch", "Conversion", "Layout", "convert", "read_branch", "rename"]
+__all__ = ["BRANCH", "Branch", "Conversion", "Layout", "convert", "has_branch", "read_branch", "rename"]
 
 # The name of the branch weight's linear map in every checkpoint.
 BRANCH = "to_gate_compress"
@@ -202,6 +202,15 @@ def convert(
     changed = sum(new != old for old, new in plan.names.items())
     blocks = sum(new.endswith(f"{BRANCH}.weight") for new in plan.names.values()) + len(plan.zeros) // 2
     return Conversion(len(plan.names) + len(plan.zeros), changed, blocks, len(plan.zeros) // 2, plan.dropped)
+
+
+def has_branch(folder: str | os.PathLike[str]) -> bool:
+    """Whether any safetensors file of a folder has branch weights. Only the names are read.
+
+    Raises:
+        OpenVSAError, MissingExtraError: as in `convert`.
+    """
+    return any(f".{BRANCH}." in name for file in sorted(Path(folder).glob("*.safetensors")) for name in _names(file))
 
 
 def read_branch(source: str | os.PathLike[str]) -> dict[str, Tensor]:
