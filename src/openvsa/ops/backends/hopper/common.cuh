@@ -276,22 +276,11 @@ __device__ __forceinline__ void multiply_over_head_dim(float (&d)[32], const voi
         multiply_rows(d, a.at(along_row(step)), b.at(along_row(step)), step);
 }
 
-// How many tokens a tile is multiplied over of which `length` count: 16 a step.
-__device__ __forceinline__ int in_steps(int length) { return (length + 15) & ~15; }
-
-// d += p tile over the tokens that count, in steps; p in registers. Branches are for all lanes, or the assembler would
-// wait after every product.
-__device__ __forceinline__ void multiply_over_tokens(float (&d)[HEAD_DIM / 2], const uint32* p, const void* tile,
-                                                     int length) {
+// d += p tile over the 64 tokens of the tile; p in registers.
+__device__ __forceinline__ void multiply_over_tokens(float (&d)[HEAD_DIM / 2], const uint32* p, const void* tile) {
     Descriptor b = as_columns<PART_BYTES>(tile);
-    if (length > TILE - 16) {
 #pragma unroll
-        for (int step = 0; step < TILE / 16; ++step) multiply<1>(d, p + 4 * step, b.at(step * 2048), 1);
-    } else {
-#pragma unroll
-        for (int step = 0; step < TILE / 16 - 1; ++step)
-            if (step == 0 || length > 16 * step) multiply<1>(d, p + 4 * step, b.at(step * 2048), 1);
-    }
+    for (int step = 0; step < TILE / 16; ++step) multiply<1>(d, p + 4 * step, b.at(step * 2048), 1);
 }
 
 // An accumulator as the left operand of the next product.

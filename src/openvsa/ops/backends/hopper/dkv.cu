@@ -149,15 +149,13 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 pack_operand(p, s);
                 pin(s);
                 pin(p);
-                // Through a shuffle again: the assembler must know that all lanes take the same way.
-                int tokens = __shfl_sync(0xffffffffu, length, 0);
                 // Here, so that the assembler does not wait for the second product before the exponentials.
                 next = next_slot<1>(ring, position, consumer, number, length);
                 wgmma_wait<0>();
                 pin(dp);
                 pin(dv_sum);
                 wgmma_fence();
-                multiply_over_tokens(dv_sum, p, ring.tiles[stage][1], tokens);
+                multiply_over_tokens(dv_sum, p, ring.tiles[stage][1]);
                 wgmma_commit();
                 const float* delta = ring.rows[stage][1];
 #pragma unroll
@@ -173,7 +171,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 pin(s);
                 pin(dk_sum);
                 wgmma_fence();
-                multiply_over_tokens(dk_sum, ds, ring.tiles[stage][0], tokens);
+                multiply_over_tokens(dk_sum, ds, ring.tiles[stage][0]);
                 wgmma_commit();
                 if (next < 0) break;
                 wgmma_fence();

@@ -95,7 +95,6 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             pin(dp);
             score_gradient(s, dp, row_lse, delta, scale * LOG2_E, length, lane);
             pack_operand(ds, s);
-            int tokens = length;  // of `stage`
             next = next_slot<2>(ring, position, consumer, number, length);
             while (next >= 0) {
                 pin(s);
@@ -106,9 +105,8 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 multiply_over_head_dim(s, q_operand, ring.tiles[next][0]);
                 multiply_over_head_dim(dp, grad_tile, ring.tiles[next][1]);
                 wgmma_commit();
-                multiply_over_tokens(d, ds, ring.tiles[stage][0], tokens);
+                multiply_over_tokens(d, ds, ring.tiles[stage][0]);
                 wgmma_commit();
-                tokens = length;
                 clear_tails<0, 0>(ring, next, length);
                 wgmma_wait<1>();
                 pin(s);
@@ -128,7 +126,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             pin(ds);
             pin(d);
             wgmma_fence();
-            multiply_over_tokens(d, ds, ring.tiles[stage][0], tokens);
+            multiply_over_tokens(d, ds, ring.tiles[stage][0]);
             wgmma_commit();
             wgmma_wait<0>();
             pin(d);

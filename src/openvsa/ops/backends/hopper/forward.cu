@@ -38,7 +38,6 @@ __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, cons
             softmax.step(s, scale * LOG2_E);
             softmax.apply(o);
             pack_operand(p, s);
-            int tokens = length;  // of `stage`
             next = next_slot<2>(ring, position, consumer, number, length);
             while (next >= 0) {
                 pin(s);
@@ -47,9 +46,8 @@ __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, cons
                 wgmma_fence();
                 multiply_over_head_dim(s, q_operand, ring.tiles[next][0]);
                 wgmma_commit();
-                multiply_over_tokens(o, p, ring.tiles[stage][1], tokens);
+                multiply_over_tokens(o, p, ring.tiles[stage][1]);
                 wgmma_commit();
-                tokens = length;
                 clear_tails<1, 1>(ring, next, length);
                 wgmma_wait<1>();
                 pin(s);
@@ -70,7 +68,7 @@ __device__ __forceinline__ void consume(Ring& ring, const Problem& problem, cons
             pin(p);
             pin(o);
             wgmma_fence();
-            multiply_over_tokens(o, p, ring.tiles[stage][1], tokens);
+            multiply_over_tokens(o, p, ring.tiles[stage][1]);
             wgmma_commit();
             wgmma_wait<0>();
             pin(o);

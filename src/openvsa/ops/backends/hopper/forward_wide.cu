@@ -170,33 +170,23 @@ __device__ __forceinline__ void multiply_scores(float (&s)[64], const uint32 (&q
         multiply<0>(s, q + 4 * step, b.at((step >> 2) * PAIR_PART_BYTES + (step & 3) * 32), step);
 }
 
-__device__ __forceinline__ void multiply_values(float (&o)[HEAD_DIM / 2], const uint32 (&p)[32], const void* values,
-                                                PairWord word) {
+__device__ __forceinline__ void multiply_values(float (&o)[HEAD_DIM / 2], const uint32 (&p)[32], const void* values) {
     Descriptor b = as_columns<PAIR_PART_BYTES>(values);
-    int length = word.length(), second_length = word.second_length();
-    if (min(length, second_length) > TILE - 16) {
 #pragma unroll
-        for (int step = 0; step < 2 * TILE / 16; ++step) multiply<1>(o, p + 4 * step, b.at(step * 2048), 1);
-    } else {
-#pragma unroll
-        for (int step = 0; step < 2 * TILE / 16; ++step)
-            if (step == 0 || (step < 4 ? length > 16 * step : second_length > 16 * (step - 4)))
-                multiply<1>(o, p + 4 * step, b.at(step * 2048), 1);
-    }
+    for (int step = 0; step < 2 * TILE / 16; ++step) multiply<1>(o, p + 4 * step, b.at(step * 2048), 1);
 }
 
 __device__ __forceinline__ void await_values(Memory& memory, const Pair& pair) {
     barrier_wait(&memory.values_full[pair.values], pair.values_phase);
 }
 
-// Zeros in what is read of the values beyond the lengths of short tiles. Called while products run: it costs no time.
+// Rows of the values beyond the lengths of short tiles become zero. Called while products run, so that it costs no time.
 __device__ __forceinline__ void clear_tails(Memory& memory, const Pair& pair) {
-    int length = pair.word.length(), second_length = pair.word.second_length();
-    if (length == in_steps(length) && second_length == in_steps(second_length)) return;
+    if (pair.word.is_full()) return;
     await_values(memory, pair);
     for (int part = 0; part < HALVES; ++part) {
-        clear_rows(memory.values[pair.values][part], length, in_steps(length));
-        clear_rows(memory.values[pair.values][part], TILE + second_length, TILE + in_steps(second_length));
+        clear_rows(memory.values[pair.values][part], pair.word.length(), TILE);
+        clear_rows(memory.values[pair.values][part], TILE + pair.word.second_length(), 2 * TILE);
     }
     fence_async_proxy();
     sync_warpgroup();
@@ -254,7 +244,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 wgmma_fence();
                 multiply_scores(s, q_operand, memory.keys[next.keys]);
                 wgmma_commit();
-                multiply_values(o, p, memory.values[pair.values], pair.word);
+                multiply_values(o, p, memory.values[pair.values]);
                 wgmma_commit();
                 clear_tails(memory, next);
                 wgmma_wait<1>();
@@ -279,7 +269,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             pin(p);
             pin(o);
             wgmma_fence();
-            multiply_values(o, p, memory.values[pair.values], pair.word);
+            multiply_values(o, p, memory.values[pair.values]);
             wgmma_commit();
             wgmma_wait<0>();
             pin(o);

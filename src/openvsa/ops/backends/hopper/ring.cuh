@@ -57,17 +57,16 @@ __device__ __forceinline__ int next_slot(Ring& ring, Position& position, int con
     return TOO_FAR;
 }
 
-// Tiles FIRST to LAST of a slot before they are multiplied over their tokens, 16 at a time: zeros in what is read beyond
-// their length. Called while products of scores run, so that it costs no time; these may read the rows before or after,
-// for their scores are hidden.
+// Tile `tile` of a slot, if it is short, before it is multiplied over its tokens: zeros beyond its length. Called while
+// products of scores run, so that it costs no time; these may read the rows before or after, for their scores are hidden.
 template <int FIRST, int LAST>
 __device__ __forceinline__ void clear_tails(Ring& ring, int stage, int length) {
-    if (length == in_steps(length)) return;
+    if (length == TILE) return;
 #pragma unroll
     for (int tile = FIRST; tile <= LAST; ++tile)
 #pragma unroll
         for (int part = 0; part < HALVES; ++part)
-            clear_rows(ring.tiles[stage][tile] + part * PART_BYTES, length, in_steps(length));
+            clear_rows(ring.tiles[stage][tile] + part * PART_BYTES, length, TILE);
     fence_async_proxy();
     sync_warpgroup();
 }
