@@ -78,6 +78,39 @@ def test_the_command_on_the_page_makes_the_same_clips(
     assert made[1].figures.settings == settings
 
 
+def test_settings_from_a_file_or_a_preset(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("budget: {top_k: 2}\ntile: [1, 2, 2]\ndense_first_steps: 1\nmin_tokens: 0\n")
+    made = {}
+    for name in (settings, "wan"):
+        outcome = openvsa_command("generate", "--model", wan, *SMALL, "--config", name, "--out", tmp_path / "out")
+        assert outcome.status == 0, outcome.err
+        made[name] = Figures.from_json((tmp_path / "out" / "report.json").read_text())
+        assert f"--config {name}" in made[name].settings.command
+        assert "--density" not in made[name].settings.command
+    tiles = 2 * 3 * 4  # of a lattice of 2 x 6 x 8
+    assert made[settings].density == pytest.approx((1 + 2 / tiles) / 2)
+    assert (made[settings].settings.density, made["wan"].settings.density) == (None, 0.25)
+    assert "was asked for" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--config", "wan", "--density", 0.5], "leave out --density, or --config"),
+        (["--config", "nowhere.json"], "is no file, and no preset; presets are wan, "),
+        (["--config", __file__], "cannot be parsed"),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_work(
+    openvsa_command: Callable, wan: Path, tmp_path: Path, options: list[Any], said: str
+) -> None:
+    outcome = openvsa_command("generate", "--model", wan, *SMALL, *options, "--out", tmp_path / "out")
+    assert outcome.status == 2
+    assert said in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_were_trained_with_vsa_keep_their_branch(
     openvsa_command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

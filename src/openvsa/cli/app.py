@@ -34,7 +34,12 @@ def generate(
         typer.Option(help="Diffusers pipeline instead of the bundled model: a folder, or a name on the hub."),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to make a video of, for --model.")] = None,
-    density: Annotated[float, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1].")] = 0.25,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.25.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Settings instead of --density: a file of them, or the name of a preset.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps; by default 16, or what the pipeline takes.")
@@ -54,7 +59,7 @@ def generate(
         print_scenes()
         return
     asked = {"prompt": prompt, "height": height, "width": width, "frames": frames, "fps": fps}
-    common = {"image": image, "density": density, "seed": seed, "device": device, "out": out}
+    common = {"image": image, "density": density, "config": config, "seed": seed, "device": device, "out": out}
     if model is not None:
         if scene is not None:
             raise OpenVSAError("--scene is for the bundled model; give --model a --prompt")

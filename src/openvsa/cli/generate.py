@@ -18,6 +18,7 @@ from openvsa.cli.generate_pair import (
     describe,
     make_pair,
     shown_steps,
+    sparsity,
     versions,
 )
 from openvsa.errors import OpenVSAError, require
@@ -37,7 +38,8 @@ def run_generate(
     *,
     scene: str | None,
     image: Path | None,
-    density: float,
+    density: float | None,
+    config: str | None,
     seed: int,
     steps: int,
     device: str,
@@ -54,19 +56,27 @@ def run_generate(
     from openvsa.evaluate import AttentionRecorder, Settings, check_output_folder
     from openvsa.models import load_bundled
 
-    check_numbers(density, seed, steps)
+    check_numbers(seed, steps)
+    sparse_as = sparsity(density, config, steps)
     where = available(device)
     pipe = load_bundled(where, torch.float32 if where.type == "cpu" else torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     title, choice, begin = start(pipe, scene, image)
     check_output_folder(out)
     make_clip = partial(pipe, **begin, seed=seed)
-    options = {"--density": density, "--seed": seed, "--steps": steps, "--device": device, "--out": out}
+    options = {
+        "--density": None if config else sparse_as.density,
+        "--config": config,
+        "--seed": seed,
+        "--steps": steps,
+        "--device": device,
+        "--out": out,
+    }
     settings = Settings(
         scene=title,
         seed=seed,
         steps=steps,
-        density=density,
+        density=sparse_as.base.keep_ratio,
         fps=pipe.fps,
         device=describe(where),
         threads=torch.get_num_threads(),
@@ -76,7 +86,7 @@ def run_generate(
     )
 
     recorder = AttentionRecorder(shown_steps(steps))
-    return make_pair(pipe, make_clip, settings, lambda _: recorder, out, console or Console())
+    return make_pair(pipe, make_clip, settings, sparse_as, lambda _: recorder, out, console or Console())
 
 
 def print_scenes(console: Console | None = None) -> None:

@@ -21,6 +21,7 @@ from openvsa.cli.generate_pair import (
     describe,
     make_pair,
     shown_steps,
+    sparsity,
     versions,
 )
 from openvsa.cli.pipelines import arguments, clip_of, load, pipeline_class
@@ -43,7 +44,8 @@ def run_generate_model(
     model: str,
     prompt: str | None,
     image: Path | None,
-    density: float,
+    density: float | None,
+    config: str | None,
     steps: int | None,
     height: int | None,
     width: int | None,
@@ -73,7 +75,8 @@ def run_generate_model(
     steps = _default(asks, "num_inference_steps") if steps is None else steps
     if steps is None:
         raise OpenVSAError(f"{kind.__name__} has no number of steps of its own; give --steps")
-    check_numbers(density, seed, steps)
+    check_numbers(seed, steps)
+    sparse_as = sparsity(density, config, steps)
     sizes = {"height": height, "width": width, "num_frames": frames}
     given = arguments(kind, asks, prompt, image, sizes)
     rates = (fps, _default(asks, "frame_rate"), _default(asks, "fps"), _FPS)
@@ -84,13 +87,20 @@ def run_generate_model(
     check_output_folder(out)
 
     pipe = load(kind, model, where)
-    options = {"--image": image, "--density": density, "--steps": steps, "--height": height, "--width": width}
+    options = {
+        "--image": image,
+        "--density": None if config else sparse_as.density,
+        "--config": config,
+        "--steps": steps,
+        "--height": height,
+        "--width": width,
+    }
     options |= {"--frames": frames, "--fps": fps, "--seed": seed, "--device": device, "--out": out}
     settings = Settings(
         scene=shorten(prompt or model, 90, placeholder=" …"),
         seed=seed,
         steps=steps,
-        density=density,
+        density=sparse_as.base.keep_ratio,
         fps=rate,
         device=describe(where),
         threads=torch.get_num_threads(),
@@ -100,7 +110,7 @@ def run_generate_model(
         model=model,
     )
     clips = _Clips(pipe, given, seed, "callback_on_step_end" in asks)
-    return make_pair(pipe, clips, settings, lambda dense: _recorder(steps, dense), out, console or Console())
+    return make_pair(pipe, clips, settings, sparse_as, lambda dense: _recorder(steps, dense), out, console or Console())
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import openvsa
-from openvsa.config import Budget
 from openvsa.errors import OpenVSAError
 
 if TYPE_CHECKING:
     from openvsa.evaluate import AttentionRecorder, Comparison, Figures, Settings
+    from openvsa.integrations.config import SparsityConfig
     from openvsa.integrations.diffusers import SparseHandle
     from openvsa.integrations.report import SparsityReport
 
-__all__ = ["PACKAGES", "available", "check_numbers", "command", "describe", "make_pair", "shown_steps", "versions"]
+__all__ = [
+    "PACKAGES",
+    "available",
+    "check_numbers",
+    "command",
+    "describe",
+    "make_pair",
+    "shown_steps",
+    "sparsity",
+    "versions",
+]
 
 PACKAGES = ("diffusers", "av", "numpy", "PIL", "jinja2", "torchmetrics")
 """What making the page needs, beside the model."""
@@ -45,6 +54,7 @@ def make_pair(
     pipe: Any,
     make_clip: Callable[..., Tensor],
     settings: Settings,
+    sparse_as: SparsityConfig,
     recorder_for: Callable[[SparsityReport], AttentionRecorder],
     out: Path,
     console: Console,
@@ -55,6 +65,7 @@ def make_pair(
         pipe: what `sparsify` takes.
         make_clip: takes num_inference_steps and callback_on_step_end, and returns uint8 [frames, height, width, 3].
         settings: how the clips are made, which is also what the page says.
+        sparse_as: the settings of the sparse clip.
         recorder_for: gives the recorder of the sparse clip, knowing what the attention of the dense one was.
         out: a folder that can be written.
         console: where progress and figures are printed.
@@ -72,9 +83,17 @@ def make_pair(
             progress.refresh()
             return lambda *_: progress.update(task, advance=1, refresh=True)
 
-        dense = _timed(make_clip, partial(observe, pipe), steps, bar("full attention", steps))
-        recorder, attach = recorder_for(dense.attention), partial(sparsify, pipe, settings.density, min_tokens=0)
-        sparse = _timed(make_clip, attach, steps, bar("sparse attention", steps), recorder)
+        with observe(pipe):
+            _warm_up(make_clip, steps)
+        with observe(pipe) as handle:
+            dense = _timed(make_clip, handle, steps, bar("full attention", steps))
+        # Warmed up is what is sparse: the first steps may be dense.
+        with sparsify(pipe, config=replace(sparse_as, dense_first_steps=0, dense_last_steps=0)):
+            _warm_up(make_clip, steps)
+        recorder = recorder_for(dense.attention)
+        with sparsify(pipe, config=sparse_as) as handle:
+            handle.on_attention(recorder)
+            sparse = _timed(make_clip, handle, steps, bar("sparse attention", steps))
         done = bar("report", 1)
         comparison = _compare(settings, dense, sparse, recorder)
         page = write_report(comparison, out)
@@ -83,8 +102,28 @@ def make_pair(
     return page
 
 
-def check_numbers(density: float, seed: int, steps: int) -> None:
-    Budget(keep_ratio=density)
+def sparsity(density: float | None, config: str | None, steps: int) -> SparsityConfig:
+    """The settings of the sparse clip: a density, 1/4 by default, or else a file or a preset. Short sequences are made
+    sparse as well, but for a file that says otherwise.
+
+    Raises:
+        OpenVSAError: both are given, or there is no such file or preset, or it is wrong.
+    """
+    from openvsa.integrations.config import SparsityConfig
+    from openvsa.integrations.presets import PRESETS
+
+    if config is None:
+        return SparsityConfig(density=0.25 if density is None else density, min_tokens=0)
+    if density is not None:
+        raise OpenVSAError("--config has a density of its own; leave out --density, or --config")
+    if config in PRESETS:
+        return SparsityConfig.preset(config, steps=steps, min_tokens=0)
+    if not Path(config).is_file():
+        raise OpenVSAError(f"--config {config} is no file, and no preset; presets are {', '.join(PRESETS)}")
+    return SparsityConfig.load(config)
+
+
+def check_numbers(seed: int, steps: int) -> None:
     if steps < 1:
         raise OpenVSAError(f"--steps must be at least 1, got {steps}")
     if not 0 <= seed < 2**63:
@@ -116,31 +155,26 @@ def available(name: str) -> torch.device:
     return device
 
 
+def _warm_up(make_clip: Callable[..., Tensor], steps: int) -> None:
+    """A short untimed generation, because the first use of every kernel and buffer is slower than the rest. It has two
+    steps, as the schedule of Mochi cannot have one."""
+    make_clip(num_inference_steps=min(2, steps))
+
+
 def _timed(
-    make_clip: Callable[..., Tensor],
-    attach: Callable[[], SparseHandle],
-    steps: int,
-    on_step: Callable[..., None],
-    recorder: AttentionRecorder | None = None,
+    make_clip: Callable[..., Tensor], handle: SparseHandle, steps: int, on_step: Callable[..., None]
 ) -> TimedClip:
-    """A short untimed generation first, because the first use of every kernel and buffer is slower than the rest. It
-    has two steps, as the schedule of Mochi cannot have one."""
-    with attach():
-        make_clip(num_inference_steps=min(2, steps))
-    with attach() as handle:
-        if recorder is not None:
-            handle.on_attention(recorder)
-        begin = time.perf_counter()
-        clip = make_clip(num_inference_steps=steps, callback_on_step_end=on_step)
-        seconds = time.perf_counter() - begin
-        return TimedClip(clip, seconds, handle.report())
+    begin = time.perf_counter()
+    clip = make_clip(num_inference_steps=steps, callback_on_step_end=on_step)
+    seconds = time.perf_counter() - begin
+    return TimedClip(clip, seconds, handle.report())
 
 
 def _compare(settings: Settings, dense: TimedClip, sparse: TimedClip, recorder: AttentionRecorder) -> Comparison:
     from openvsa.evaluate import Comparison, Figures, LayerFigures, PassTime, compare_clips
 
     layers = tuple(
-        LayerFigures(ours.layer, ours.name, ours.delivered_density, full.attention_seconds, ours.attention_seconds)
+        LayerFigures(ours.layer, ours.name, ours.executed_density, full.attention_seconds, ours.attention_seconds)
         for full, ours in zip(dense.attention.layers, sparse.attention.layers, strict=True)
     )
     figures = Figures(

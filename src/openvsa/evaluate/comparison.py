@@ -17,13 +17,13 @@ __all__ = ["Comparison", "Figures", "LayerFigures", "PassTime", "Settings", "fin
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the clips were made. `density` is the one asked for; `credit` names the source of the scene; `model` is None
-    for the one that is part of the package."""
+    """How the clips were made. `density` is the one asked for, None if it was no share; `credit` names the source of
+    the scene; `model` is None for the one that is part of the package."""
 
     scene: str
     seed: int
     steps: int
-    density: float
+    density: float | None
     fps: float
     device: str
     threads: int
@@ -47,7 +47,7 @@ class PassTime:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """One attention layer: delivered density, and seconds summed over all steps of each generation."""
+    """One attention layer: the share of pairs computed, and seconds summed over all steps of each generation."""
 
     layer: int
     name: str
@@ -82,7 +82,7 @@ class Figures:
 
     @property
     def density(self) -> float:
-        """Delivered density, mean over layers."""
+        """The share of pairs computed, mean over layers."""
         return sum(layer.density for layer in self.layers) / len(self.layers)
 
     def to_json(self) -> str:
