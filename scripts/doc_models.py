@@ -3,7 +3,7 @@
 python scripts/doc_models.py            # write it
 python scripts/doc_models.py --check    # fail if a page on disk differs
 
-Of each machine, model and mode the newest of the fullest files `benchmarks/results/models-*.json` counts.
+Of each machine, model and mode the newest file `benchmarks/results/models-*.json` counts.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One model on one machine. Files may have it in one mode or in both, at more or fewer densities: the rows of a
-    mode all come from one file, the newest of those that have the most of them; all else from the newest file."""
+    """One model on one machine. Files may have it in one mode or in both: the rows of a mode all come from the newest
+    file that has it, all else from the newest file."""
 
     file: Path
     record: dict[str, Any]
@@ -62,8 +62,8 @@ class MeasuredModel:
         rows, kept = [], not case.get("profile") and bool(self.case.get("profile"))
         for mode in dict.fromkeys(row["mode"] for row in (*self.case["rows"], *case["rows"])):
             old, new = ([row for row in rows if row["mode"] == mode] for rows in (self.case["rows"], case["rows"]))
-            rows += old if len(old) > len(new) else new
-            kept |= len(old) > len(new)
+            rows += new or old
+            kept |= not new
         profile = case.get("profile") or self.case.get("profile") or []
         others = (*self.others, (self.file, self.record)) if kept else ()
         return MeasuredModel(file, record, {**case, "rows": rows, "profile": profile}, others)

@@ -80,19 +80,19 @@ def test_a_generation_counts_its_dense_steps_and_layers() -> None:
 
 
 @pytest.mark.usefixtures("results")
-def test_a_newer_file_with_less_of_a_mode_only_adds(tmp_path: Path) -> None:
+def test_a_newer_file_counts_for_the_modes_that_it_has(tmp_path: Path) -> None:
     newer = record("2026-03-01", "wan-1.3b-480p", 100.0)
     [case] = newer["cases"]
     del case["profile"]
     case["rows"] = [
-        row("attention", None, 99.0, 99.0),
+        *(row("attention", d, ms, 9.0) for d, ms in ((None, 9.0), (0.25, 3.0))),
         *(row("compiled", d, ms, 400.0, peak_bytes=2**30) for d, ms in ((None, 400.0), (0.25, 200.0))),
     ]
     (tmp_path / "models-compiled.json").write_text(json.dumps(newer))
     page = doc_models.performance()
     assert "| `wan-1.3b-480p` | step, eager | 500 (cudnn) | 250 (2.00×) |" in page
     assert "| `wan-1.3b-480p` | step, compiled | 400 (cudnn) | 200 (2.00×) |" in page
-    assert "| `wan-1.3b-480p` | 30 × attention | 300 (cudnn) |" in page
+    assert "| `wan-1.3b-480p` | 30 × attention | 270 (cudnn) | 90 (3.00×) |" in page
     assert "models-compiled.json" in page
     assert "models-new.json" in page
 
