@@ -82,6 +82,14 @@ def test_more_heads_than_a_grid_has_rows() -> None:
         assert torch.equal(a[-2:], b)
 
 
+def test_more_sequences_than_a_grid_has_rows() -> None:
+    layout = TileLayout((5, 3), (2, 2))
+    x = torch.randn(65_600, 15, 2, 8, device=DEVICE)
+    moved = layout.permute(x)
+    assert torch.equal(moved, x[:, layout.permutation.to(DEVICE)])
+    assert torch.equal(layout.unpermute(moved), x)
+
+
 def test_flex_stays_sparse_beyond_the_compile_limit_of_dynamo() -> None:
     """Dense scores at this length would take 8 GiB."""
     lens = equal_lens(32768, 128)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +57,25 @@ def test_any_strides_and_nan_around() -> None:
     assert torch.equal(layout.unpermute(layout.permute(view)), x)
     everywhere = x[:, :1].expand(x.shape)
     assert torch.equal(layout.permute(everywhere), everywhere)
+
+
+def test_a_grid_holds_any_number_of_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its second and third dimensions end at 65,535."""
+    grids = []
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(kernels, "_gather_kernel", Launch())
+    monkeypatch.setattr(kernels, "_scatter_kernel", Launch())
+    layout = TileLayout((2,), (1,))
+    x = torch.empty(70_000, 2, 1, 1)
+    kernels.gather([x, x, x], *tables(layout), write=True, mean=False)
+    kernels.weighted_sums(x, *tables(layout), x, x, 0)
+    kernels.scatter([x], *tables(layout), seq=2, dtype=x.dtype)
+    assert grids == [(140_000, 3), (140_000, 1), (140_000, 1)]
 
 
 def test_blocks_longer_than_a_program_holds() -> None:

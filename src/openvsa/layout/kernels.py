@@ -32,21 +32,21 @@ def _at(x, strides, batch, head, dims):
     return x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2] + dims
 
 
-@triton.jit(do_not_specialize=["heads", "seq", "first_row", "num_rows"])
+@triton.jit(do_not_specialize=["heads", "num_blocks", "seq", "first_row", "num_rows"])
 def _gather_kernel(
     x, x1, x2, blocks, blocks1, blocks2, totals, totals1, totals2, weight, rows, weight_grad, index, offsets,
-    x_strides, weight_strides, rows_strides, heads, seq, first_row, num_rows,
+    x_strides, weight_strides, rows_strides, heads, num_blocks, seq, first_row, num_rows,
     WRITE: tl.constexpr, TOTAL: tl.constexpr, WEIGHTED: tl.constexpr, PERMUTED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    batch = tl.program_id(1)
-    if tl.program_id(2) == 1:
+    block = tl.program_id(0) // heads % num_blocks
+    batch = tl.program_id(0) // heads // num_blocks
+    if tl.program_id(1) == 1:
         x = x1
         blocks = blocks1
         totals = totals1
-    elif tl.program_id(2) == 2:
+    elif tl.program_id(1) == 2:
         x = x2
         blocks = blocks2
         totals = totals2
@@ -89,21 +89,21 @@ def _gather_kernel(
         tl.store(totals + at_total + dims, total, mask=in_row)
 
 
-@triton.jit(do_not_specialize=["heads", "seq", "first_row", "num_rows"])
+@triton.jit(do_not_specialize=["heads", "num_blocks", "seq", "first_row", "num_rows"])
 def _scatter_kernel(
     blocks, blocks1, blocks2, x, x1, x2, rows, rows1, rows2, weight, index, offsets,
-    blocks_strides, rows_strides, weight_strides, heads, seq, first_row, num_rows,
+    blocks_strides, rows_strides, weight_strides, heads, num_blocks, seq, first_row, num_rows,
     READ: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, PERMUTED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    batch = tl.program_id(1)
-    if tl.program_id(2) == 1:
+    block = tl.program_id(0) // heads % num_blocks
+    batch = tl.program_id(0) // heads // num_blocks
+    if tl.program_id(1) == 1:
         x = x1
         blocks = blocks1
         rows = rows1
-    elif tl.program_id(2) == 2:
+    elif tl.program_id(1) == 2:
         x = x2
         blocks = blocks2
         rows = rows2
@@ -153,6 +153,11 @@ def _options(head_dim: int, max_len: int, **flags: bool) -> dict[str, Any]:
     return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_L": block_l, "num_warps": 1, **flags}
 
 
+def _grid(batch: int, num_blocks: int, heads: int, tensors: int) -> tuple[int, int]:
+    """Programs of a launch: all in the first dimension, because the others end at 65,535."""
+    return batch * num_blocks * heads, tensors
+
+
 def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -191,10 +196,10 @@ def gather(
     )
     if first.numel():
         with torch.cuda.device_of(first):
-            _gather_kernel[(num_blocks * heads, batch, len(xs))](
+            _gather_kernel[_grid(batch, num_blocks, heads, len(xs))](
                 *_three(xs), *_three(blocks or xs), *_three(means or xs), first, first, first,
                 offsets if index is None else index, offsets,
-                first.stride(), _NO_STRIDES, _NO_STRIDES, heads, seq, 0, num_blocks,
+                first.stride(), _NO_STRIDES, _NO_STRIDES, heads, num_blocks, seq, 0, num_blocks,
                 **_options(dim, max_len, WRITE=write, TOTAL=mean, WEIGHTED=False, PERMUTED=index is not None),
             )  # fmt: skip
     return blocks, means
@@ -211,14 +216,14 @@ def weighted_sums(
     """
     x, weight, rows = _unit(x), _unit(weight), _unit(rows)
     batch, seq, heads, dim = x.shape
-    num_rows = rows.shape[1]
+    num_rows, num_blocks = rows.shape[1], offsets.shape[0] - 1
     sums = torch.empty(batch, heads, num_rows, dim, dtype=torch.float32, device=x.device)
     weight_grad = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     if x.numel():
         with torch.cuda.device_of(x):
-            _gather_kernel[((offsets.shape[0] - 1) * heads, batch)](
+            _gather_kernel[_grid(batch, num_blocks, heads, 1)](
                 x, x, x, x, x, x, sums, sums, sums, weight, rows, weight_grad, index, offsets,
-                x.stride(), weight.stride(), rows.stride(), heads, seq, first_row, num_rows,
+                x.stride(), weight.stride(), rows.stride(), heads, num_blocks, seq, first_row, num_rows,
                 **_options(dim, max_len, WRITE=False, TOTAL=True, WEIGHTED=True, PERMUTED=True),
             )  # fmt: skip
     return sums, weight_grad
@@ -256,16 +261,17 @@ def scatter(
         ]  # fmt: skip
     first = given[0]
     batch, _, heads, dim = first.shape
+    num_blocks = offsets.shape[0] - 1
     found = [torch.empty((batch, seq, heads, dim), dtype=dtype, device=first.device) for _ in given]
     weight = None if weight is None else _unit(weight)
     if found[0].numel():
         with torch.cuda.device_of(first):
-            _scatter_kernel[((offsets.shape[0] - 1) * heads, batch, len(found))](
+            _scatter_kernel[_grid(batch, num_blocks, heads, len(found))](
                 *_three(blocks or found), *_three(found), *_three(rows or found), first if weight is None else weight,
                 offsets if index is None else index, offsets,
                 blocks[0].stride() if blocks else _NO_STRIDES, rows[0].stride() if rows else _NO_STRIDES,
                 _NO_STRIDES if weight is None else weight.stride(),
-                heads, seq, first_row, rows[0].shape[1] if rows else 0,
+                heads, num_blocks, seq, first_row, rows[0].shape[1] if rows else 0,
                 **_options(
                     dim, max_len, READ=bool(blocks), ROWS=bool(rows), WEIGHTED=weight is not None,
                     PERMUTED=index is not None,
