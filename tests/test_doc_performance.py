@@ -40,6 +40,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         row("attention", "triton", "random 1/8", "forward", 0.5, 4.0, 0.61),
         row("attention", "hopper", "random 1/8", "forward", 0.4, 5.0, 0.81),
         row("attention", "hopper", "random 1/8", "both", 1.0, 5.0, 0.8),
+        row("attention", "hopper", "model 1/8", "both", 1.5, 4.0, 0.7),
+        row("attention", "hopper", "model 1/8", "forward", 0.5, 4.25, 0.79),
         row("vsa", "hopper", "selected 1/8", "forward", 0.4, 4.75, 0.6),
     ]
     sweep = [
@@ -66,10 +68,18 @@ def test_the_newest_file_counts(results: Path) -> None:
 
 def test_memory_and_densities(results: Path) -> None:
     page = doc_performance.page()
-    assert "| `s32k` | random 1/8 | hopper | 1.00 | 0.50 |" in page
+    # The list that takes most counts.
+    assert "| `s32k` | attention | hopper | 1.50 | 0.75 | 2026-02-01 |" in page
     [line] = [line for line in page.splitlines() if line.startswith("| 32,768 | 128 | attention | forward")]
     # Times as shares of dense: 0.25 at 1/8 and 1.25 at 1/2, so 1 at 1/8 + 3/8 * 3/4.
     assert line == "| 32,768 | 128 | attention | forward | 8.00× | 4.00× |  | 0.80× | 0.41 |"
+
+
+def test_the_readme_has_the_op_by_the_newest_files(results: Path) -> None:
+    table = doc_performance.short()
+    assert "| attention | 32×32×32 | 64×64 | `hopper` | 100 (0.79) | 4.2× |  |  |" in table
+    assert "| whole VSA op | 32×32×32 | 64×64 | `hopper` | 100 (0.60) | 4.8× |  |  |" in table
+    assert "GPU, against dense-fa4 in the same run; from `bench-new.json`." in table
 
 
 def test_break_even_beyond_what_was_measured() -> None:
@@ -80,7 +90,10 @@ def test_break_even_beyond_what_was_measured() -> None:
 def test_a_stale_page_is_noticed(results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text("<!-- begin generated: results -->\n<!-- end generated: results -->\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- begin generated: op -->\n<!-- end generated: op -->\n")
     monkeypatch.setattr(doc_performance, "PAGE", page)
+    monkeypatch.setattr(doc_performance, "README", readme)
     monkeypatch.setattr(sys, "argv", ["doc_performance.py", "--check"])
     assert doc_performance.main() == 1
     monkeypatch.setattr(sys, "argv", ["doc_performance.py"])
