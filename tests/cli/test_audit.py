@@ -23,6 +23,7 @@ WRONG = {
     "seed": (["--seed", "-1"], "--seed must be at least 0"),
     "at-word": (["--at", "first"], "--at takes steps with commas between, such as 1,4,6; got 'first'"),
     "at-late": (["--at", "0,2", "--steps", "2"], r"--at must name steps in 0\.\.1, got 0,2"),
+    "at-again": (["--at", "0", "--at", "2", "--steps", "2"], r"--at must name steps in 0\.\.1, got 0,2"),
     "by": (["--by", "token"], "--by must be head or layer, got 'token'"),
     "device": (["--device", "toaster"], "--device must be cpu, cuda or cuda:N, got 'toaster'"),
     "scene": (["--scene", "moon"], "there is no scene 'moon'"),

@@ -103,6 +103,13 @@ def test_a_device_that_is_not_there(openvsa_command: Callable, device: str) -> N
     assert device in outcome.err
 
 
+def test_every_case_and_contender_of_repeated_options_counts(openvsa_command: Callable) -> None:
+    for option in ("--case", "--contenders"):
+        outcome = openvsa_command("bench", "--device", "cpu", option, "nope", option, "small")
+        assert outcome.status == 2
+        assert "'nope'" in outcome.err
+
+
 def test_a_spent_budget_is_said(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     import openvsa.bench.run as run_module
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from openvsa.bench import model_run
+from openvsa.cli import bench_models
 
 
 def test_measure(openvsa_command: Callable, tmp_path: Path) -> None:
@@ -52,6 +53,18 @@ def test_a_model_too_large_for_memory_is_said(openvsa_command: Callable, monkeyp
     assert "tiny-wan FAILED: tried to allocate 80 GiB" in outcome.out
 
 
+def test_values_come_with_commas_or_one_by_one(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(bench_models, "run_bench_models", lambda **options: asked.append(options) or 0)
+    for words in (("--density", "0.5, 0.25"), ("--density", "0.5", "--density", "0.25")):
+        models = ("--model", "a", "--model", "b,c", "--mode", "eager", "--mode", "compiled")
+        assert openvsa_command("bench", *models, *words).status == 0
+        assert asked[-1]["models"] == ["a", "b", "c"]
+        assert asked[-1]["options"] == model_run.ModelOptions(densities=(0.5, 0.25), modes=("eager", "compiled"))
+    assert openvsa_command("bench", "--model", "a").status == 0
+    assert asked[-1]["options"] == model_run.ModelOptions()
+
+
 def test_models_are_listed(openvsa_command: Callable) -> None:
     outcome = openvsa_command("bench", "--list", "--device", "cpu")
     assert outcome.status == 0
@@ -67,7 +80,8 @@ def test_models_are_listed(openvsa_command: Callable) -> None:
         (["--model", "tiny-wan", "--density", "2"], "must be in (0, 1], got 2"),
         (["--model", "tiny-wan", "--case", "small"], "--model takes models by name"),
         (["--model", "tiny-wan", "--mode", "fast"], "modes are eager and compiled, got fast"),
-        (["--profile"], "is for whole models"),
+        (["--profile"], "--profile: for whole models only"),
+        (["--density", "0.5", "--mode", "eager"], "--density, --mode: for whole models only"),
     ],
 )
 def test_mistakes_are_named(openvsa_command: Callable, arguments: list[str], said: str) -> None:

@@ -24,6 +24,11 @@ app = typer.Typer(
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
 
 
+def _words(given: list[str]) -> list[str]:
+    """What an option was given that takes several values, with commas between or again and again."""
+    return [word.strip() for text in given for word in text.split(",")]
+
+
 @app.command()
 @plain_errors()
 def generate(
@@ -94,7 +99,9 @@ def audit(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
-    at: Annotated[str | None, typer.Option(help="Steps to look at, with commas between; by default three.")] = None,
+    at: Annotated[
+        list[str] | None, typer.Option(help="Steps to look at, with commas between; by default three.")
+    ] = None,
     query_blocks: Annotated[int, typer.Option(min=1, help="Query blocks to look at in each layer.")] = 64,
     by: Annotated[str, typer.Option(help="What --budget tries one by one: head, or the quicker layer.")] = "head",
     device: Device = "cpu",
@@ -115,7 +122,7 @@ def audit(
         density=density,
         seed=seed,
         steps=steps,
-        at=at,
+        at=None if at is None else ",".join(_words(at)),
         query_blocks=query_blocks,
         by=by,
         budget=budget,
@@ -158,16 +165,24 @@ def train(
 @plain_errors()
 def bench(
     suite: Annotated[str, typer.Option(help="Cases to measure: quick, flagship or full.")] = "quick",
-    case: Annotated[str | None, typer.Option(help="Cases by name instead, with commas between; see --list.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Cases by name instead, with commas between; see --list.")
+    ] = None,
     contenders: Annotated[
-        str | None, typer.Option(help="Who is measured, with commas between; by default all that start quickly.")
+        list[str] | None, typer.Option(help="Who is measured, with commas between; by default all that start quickly.")
     ] = None,
     model: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(help="Measure a denoising step of these whole models instead, with commas between, or all."),
     ] = None,
-    density: Annotated[str, typer.Option(help="Densities of --model's sparse steps.")] = "0.25,0.125,0.1",
-    mode: Annotated[str, typer.Option(help="Steps of --model: eager, compiled (its blocks), or both.")] = "eager",
+    density: Annotated[
+        list[str] | None,
+        typer.Option(help="Densities of --model's sparse steps, with commas between.", show_default="0.25,0.125,0.1"),
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="Steps of --model: eager, compiled (its blocks), or both.", show_default="eager"),
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show which kernels --model's time goes to.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result file.")] = None,
@@ -197,14 +212,15 @@ def bench(
             raise OpenVSAError("--case and --contenders are about kernels; --model takes models by name")
         from openvsa.cli.bench_models import parse_options, run_bench_models
 
-        options = parse_options(density, mode, profile)
-        raise typer.Exit(run_bench_models(models=model.split(","), options=options, **common))
-    if profile:
-        raise OpenVSAError("--profile is for whole models: add --model NAME (see --list)")
+        options = parse_options(_words(density) if density else None, _words(mode) if mode else None, profile)
+        raise typer.Exit(run_bench_models(models=_words(model), options=options, **common))
+    idle = [name for name, value in {"--density": density, "--mode": mode, "--profile": profile}.items() if value]
+    if idle:
+        raise OpenVSAError(f"{', '.join(idle)}: for whole models only; add --model NAME (see --list)")
     status = run_bench(
-        cases=case.split(",") if case else [],
+        cases=_words(case or []),
         suite=suite,
-        names=contenders.split(",") if contenders else None,
+        names=_words(contenders) if contenders else None,
         **common,
     )
     raise typer.Exit(status)

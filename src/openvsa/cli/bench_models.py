@@ -18,20 +18,24 @@ from openvsa.errors import OpenVSAError, require
 __all__ = ["list_models", "parse_options", "run_bench_models"]
 
 
-def parse_options(densities: str, modes: str, profile: bool) -> ModelOptions:
-    """From what was typed.
+def parse_options(densities: list[str] | None, modes: list[str] | None, profile: bool) -> ModelOptions:
+    """From what was typed; None for the default.
 
     Raises:
         BudgetError: a density is out of range.
         OpenVSAError: it is no number, or there is no such mode.
     """
-    try:
-        found = tuple(float(text) for text in densities.split(","))
-    except ValueError:
-        raise OpenVSAError(f"--density must be numbers with commas between, got {densities!r}") from None
-    for density in found:
-        Budget(keep_ratio=density)
-    return ModelOptions(densities=found, modes=tuple(modes.split(",")), profile=profile)
+    given: dict[str, Any] = {}
+    if densities is not None:
+        try:
+            given["densities"] = tuple(float(text) for text in densities)
+        except ValueError:
+            raise OpenVSAError(f"--density must be numbers with commas between, got {','.join(densities)!r}") from None
+        for density in given["densities"]:
+            Budget(keep_ratio=density)
+    if modes is not None:
+        given["modes"] = tuple(modes)
+    return ModelOptions(**given, profile=profile)
 
 
 def run_bench_models(
