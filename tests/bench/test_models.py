@@ -76,6 +76,23 @@ TINY = {
 }  # fmt: skip
 
 
+def test_a_dense_kernel_that_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image\nfor this device")
+
+    kernels, _ = dense_kernels("cpu")
+    monkeypatch.setattr(model_run, "dense_kernels", lambda kind: ({**kernels, "fa4": fails}, {}))
+    found = measure_model(TINY["wan"], CPU, QUICK, lambda text: None)
+    assert found["passed"]
+    why = "fails in its first call (RuntimeError: no kernel image for this device)"
+    assert found["left_out"] == [{"what": "dense-fa4", "reasons": (why,)}]
+    assert not any("fa4" in row["variant"] for row in found["rows"])
+
+    monkeypatch.setattr(model_run, "dense_kernels", lambda kind: ({"flash": kernels["flash"], "fa4": fails}, {}))
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        measure_model(TINY["wan"], CPU, QUICK, lambda text: None)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_family_is_measured(name: str) -> None:
     case = TINY[name]

@@ -108,9 +108,9 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
     model = case.build(device)
     subject = _Subject(case, model, device, options.densities)
     result: dict[str, Any] = {"name": case.name, **case.describe(model), "failed": [], "rows": []}
-    result["left_out"] = [{"what": f"dense-{name}", "reasons": why} for name, why in subject.without.items()]
     stage("attention alone")
     result["layers"], result["attention"] = _measure_attention(subject, options, result["rows"])
+    result["left_out"] = [{"what": f"dense-{name}", "reasons": why} for name, why in subject.without.items()]
     stage("gate")
     result["gate"], reference = _gate(subject, result["failed"])
     if not result["failed"]:
@@ -146,6 +146,25 @@ class _Subject:
     def forward(self, inputs: dict[str, Any] | None = None) -> Tensor:
         return self.model(**(inputs or self.inputs), return_dict=False)[0]
 
+    @torch.no_grad()
+    def leave_out_what_fails(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keep the dense kernels that run on q, k and v [B, H, S, D]: some compile when they are first called, and one
+        that can be imported may not be for this device. Two must be left, for the gate."""
+        for name, attend in list(self.kernels.items()):
+            try:
+                attend(q, k, v)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers raise anything
+                if len(self.kernels) <= 2:
+                    raise
+                del self.kernels[name]
+                said = " ".join(str(error).split())[:200]
+                self.without[name] = (f"fails in its first call ({type(error).__name__}: {said})",)
+        self.dense = next(iter(self.kernels))
+
     def by(self, density: float | None, kernel: str | None = None) -> AbstractContextManager[Any]:
         """Inside, attention is sparse or, with None, computed by a dense kernel, the chosen one by default."""
         if density is None:
@@ -175,6 +194,7 @@ def _measure_attention(subject: _Subject, options: ModelOptions, rows: list[dict
     layout, select = event.layout, PooledTopK()
     hoisted = family_of(subject.model).hoist(subject.model) is not None
     q, k, v = (x if hoisted else layout.unpermute(x) for x in (event.q, event.k, event.v))
+    subject.leave_out_what_fails(*(x.transpose(1, 2) for x in (q, k, v)))
 
     def sparse(budget: Budget) -> Tensor:
         mine = [x if hoisted else layout.permute(x) for x in (q, k, v)]
