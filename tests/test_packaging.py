@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -68,6 +69,19 @@ def test_one_version() -> None:
 
 def test_only_torch_is_needed() -> None:
     assert [re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["dependencies"]] == ["torch"]
+
+
+def test_source_distribution_can_be_tested(tmp_path: Path) -> None:
+    """It holds what the tests and the generated parts of the documentation read: the results, too."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.split("/", 1)[1] for name in archive.getnames()}
+    for folder, pattern in {"benchmarks": "*.json", "docs": "*.md", "scripts": "*", "tests": "*.py"}.items():
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern) if path.is_file()}
+        assert {name for name in files if "__pycache__" not in name} <= packed
+    assert {"Makefile", "constraints.txt", "mkdocs.yml", "README.md", "CHANGELOG.md", "NOTICE", "LICENSE"} <= packed
 
 
 def test_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:

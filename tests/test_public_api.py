@@ -50,6 +50,7 @@ FUNCTIONS = dict(functions())
 
 def test_the_public_names_are_these() -> None:
     assert set(openvsa.__all__) == PUBLIC
+    assert set(dir(openvsa)) >= PUBLIC  # what a shell completes, also names that are loaded late
 
 
 def test_every_public_name_is_on_the_api_page() -> None:
