@@ -66,14 +66,29 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
             exec(code, names)
 
 
+INLINE = re.compile(r"(?<!`)`((?:openvsa|make|pip) [^`]+)`(?!`)")
+
+
 def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
+    """Those of code blocks, and those within the text."""
     for block in blocks(page, "bash", "sh"):
         for number, line in enumerate(block.code.splitlines(), block.line):
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                words.pop(0)
-            if words:
-                yield number, words
+            yield from ((number, words) for words in programs(line))
+    prose = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), page.read_text())
+    for found in INLINE.finditer(prose):
+        yield from ((prose.count("\n", 0, found.start()) + 1, words) for words in programs(found[1]))
+
+
+def programs(line: str) -> Iterator[list[str]]:
+    """The words of each program of a line, without the variables set for it."""
+    words = shlex.split(line, comments=True)
+    while words:
+        end = words.index("&&") if "&&" in words else len(words)
+        one, words = words[:end], words[end + 1 :]
+        while one and re.fullmatch(r"[A-Z_]+=\S*", one[0]):
+            one.pop(0)
+        if one:
+            yield one
 
 
 def complaint(words: list[str]) -> str | None:
@@ -94,15 +109,31 @@ def complaint(words: list[str]) -> str | None:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         named = {extra for found in re.findall(r"\[([\w,]+)\]", " ".join(rest)) for extra in found.split(",")}
         return f"no extras {named - set(extras)}" if named - set(extras) else None
+    if program == "compute-sanitizer" and "python" in rest:
+        return complaint(rest[rest.index("python") :])
+    if program == "python" and rest[:2] == ["-m", "pytest"]:
+        missing = [word for word in rest[2:] if word.startswith("tests") and not (ROOT / word).exists()]
+        return f"no tests {missing}" if missing else None
     if program == "python":
         return None if rest and (ROOT / rest[0]).is_file() else f"no file {rest[:1]}"
     return f"unknown program {program!r}"
 
 
-@pytest.mark.parametrize("page", pages_with("bash", "sh"), ids=page_id)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_of_a_page_exist(page: Path) -> None:
     wrong = [f"line {number}: {why}" for number, words in commands(page) if (why := complaint(words))]
     assert wrong == []
+
+
+def test_commands_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Say `openvsa one`,\nor:\n\n```bash\nA=1 openvsa two && make three  # why\n```\n\n`pip four`\n")
+    assert list(commands(page)) == [
+        (5, ["openvsa", "two"]),
+        (5, ["make", "three"]),
+        (1, ["openvsa", "one"]),
+        (8, ["pip", "four"]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +144,8 @@ def test_commands_of_a_page_exist(page: Path) -> None:
         "make coffee",
         "pip install 'openvsa[tea]'",
         "python nowhere.py",
+        "python -m pytest tests/nowhere",
+        "compute-sanitizer --tool memcheck python nowhere.py",
         "rm x",
     ],
 )

@@ -21,6 +21,15 @@ class BlockOffsets:
     Lengths are known on the host, so that checking a plan or choosing a kernel never waits for a device; copies
     on devices are made once each and kept.
 
+    Args:
+        lens: tokens of each block, in order.
+
+    Attributes:
+        lens: the same, as a tuple.
+        num_tokens: S, their sum.
+        max_len: tokens of the longest block.
+        uniform_len: the length that all blocks have (the last one may be shorter), or None if they differ.
+
     Raises:
         PlanError: a length is not a positive integer, or there is no block.
     """
@@ -37,7 +46,6 @@ class BlockOffsets:
         self.lens = lens = tuple(whole)
         self.num_tokens = sum(lens)
         self.max_len = max(lens)
-        # The common length if all blocks have it (the last one may be shorter), else None.
         alike = all(n == lens[0] for n in lens[:-1]) and lens[-1] <= lens[0]
         self.uniform_len = lens[0] if alike else None
         self._on_device: dict[tuple[torch.device, str], Tensor] = {}
