@@ -9,11 +9,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import diffusers
+import huggingface_hub
 import pytest
 from typer.main import get_command
 
+import tiny_pipelines
 from openvsa.cli.app import app
+from openvsa.integrations import session
+from openvsa.integrations.branch import add_branch
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -64,6 +70,33 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
         if block.not_run is None:
             exec(code, names)
+
+
+WITH_WEIGHTS = [
+    block for page in PAGES for block in blocks(page, "python") if block.not_run and "WanPipeline" in block.code
+]
+
+
+@pytest.mark.parametrize("block", WITH_WEIGHTS, ids=lambda block: page_id(block.page))
+def test_what_needs_the_weights_of_wan_runs_with_others(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tiny pipeline, in few steps, on the CPU."""
+    folder = tiny_pipelines.wan(tmp_path / "wan")
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer")
+    add_branch(transformer)
+    transformer.save_pretrained(folder / "transformer")
+    load, call = diffusers.WanPipeline.from_pretrained, diffusers.WanPipeline.__call__
+    small = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2}
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", lambda name, **given: load(folder, **given))
+    monkeypatch.setattr(
+        diffusers.WanPipeline, "__call__", lambda pipe, text, **given: call(pipe, text, **given | small)
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(folder))
+    monkeypatch.setattr(session, "objection", lambda *about: "")  # so short a video would not be faster
+    names: dict[str, Any] = {}
+    exec(compile(block.code.replace('"cuda"', '"cpu"'), str(block.page), "exec"), names)
+    assert names["handle"].report().executed_density < 1
 
 
 INLINE = re.compile(r"(?<!`)`((?:openvsa|make|pip) [^`]+)`(?!`)")
