@@ -136,7 +136,7 @@ def targets(cases: dict[str, Measured]) -> str:
         "1/8, in brackets the backend. The targets are shares of FlashAttention-4 dense on a Hopper GPU; *best before* "
         "is what the best kernel that could be installed reached on an H100 when they were set.\n\n"
     )
-    return "### Against the targets\n\n" + note + table(head, lines)
+    return "#### Against the targets\n\n" + note + table(head, lines)
 
 
 def every_row(cases: dict[str, Measured]) -> str:
@@ -165,7 +165,7 @@ def every_row(cases: dict[str, Measured]) -> str:
             peak = both["peak_bytes"] if both else None
             cells.append(f"{peak / 2**30:.2f}" if peak else "")
             lines.append([*key, *cells])
-        text += f"### `{name}`\n\n{shape(about)} Shares and times as fast are against {rival}. "
+        text += f"#### `{name}`\n\n{shape(about)} Shares and times as fast are against {rival}. "
         text += f"From `{case.file.name}`.\n\n{table(head, lines)}\n"
     return text
 
@@ -190,7 +190,7 @@ def sweeps(cases: dict[str, Measured]) -> str:
         f"How many times as fast as {' and '.join(rivals)} the fastest backend is, by the share of blocks kept (random "
         "lists; `vsa` is the whole op). At the break-even density both take equally long.\n\n"
     )
-    return "### By length and density\n\n" + note + table(head, lines)
+    return "#### By length and density\n\n" + note + table(head, lines)
 
 
 def _points(case: Measured, op: str, first: str, what: str) -> Iterator[tuple[float, float]]:
@@ -234,7 +234,7 @@ def memory(cases: dict[str, Measured]) -> str:
         f"Most memory in use in a forward and backward pass, inputs and lists included; at most {MEMORY} is asked. "
         "`vsa` is the whole op with a branch weight.\n\n"
     )
-    return "### Memory\n\n" + note + table(head, lines)
+    return "#### Memory\n\n" + note + table(head, lines)
 
 
 def shape(case: dict[str, Any]) -> str:
@@ -272,7 +272,7 @@ def page() -> str:
     text = ""
     for machine, cases in newest().items():
         parts = (targets(cases), sweeps(cases), every_row(cases), memory(cases))
-        text += f"## {machine}\n\n{runs(cases)}\n" + "\n".join(part for part in parts if part) + "\n"
+        text += f"### {machine}\n\n{runs(cases)}\n" + "\n".join(part for part in parts if part) + "\n"
     return text.rstrip() + "\n"
 
 
