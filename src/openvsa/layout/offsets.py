@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openvsa.errors import PlanError
+from openvsa.layout.device import as_computed_here, build_to_keep, can_keep
 
 __all__ = ["BlockOffsets"]
 
@@ -83,20 +84,22 @@ class BlockOffsets:
         """Offsets as an int32 tensor [N + 1] on `device`."""
         found = self._on_device.get((device, "offsets"))  # asked for several times in every call of attention
         if found is None:
-            found = self._cached(
-                device, "offsets", lambda: torch.tensor([0, *accumulate(self.lens)], dtype=torch.int32)
+            return self._cached(
+                device, "offsets", lambda: torch.tensor([0, *accumulate(self.lens)], dtype=torch.int32, device="cpu")
             )
-        return found
+        return as_computed_here(found)
 
     def lens_on(self, device: torch.device) -> Tensor:
         """Lengths as an int32 tensor [N] on `device`."""
-        return self._cached(device, "lens", lambda: torch.tensor(self.lens, dtype=torch.int32))
+        return self._cached(device, "lens", lambda: torch.tensor(self.lens, dtype=torch.int32, device="cpu"))
 
     def block_of_token(self, device: torch.device) -> Tensor:
         """The block each token belongs to, int64 [S] on `device`."""
         # The size is said because Dynamo does not look at the lengths.
         return self._cached(
-            device, "block", lambda: torch.repeat_interleave(torch.tensor(self.lens), output_size=self.num_tokens)
+            device,
+            "block",
+            lambda: torch.repeat_interleave(torch.tensor(self.lens, device="cpu"), output_size=self.num_tokens),
         )
 
     def padded_slots(self, device: torch.device) -> Tensor:
@@ -104,22 +107,24 @@ class BlockOffsets:
         token and must be masked."""
 
         def build() -> Tensor:
-            lens = torch.tensor(self.lens)[:, None]
-            starts = lens.cumsum(0) - lens
-            return starts + torch.arange(self.max_len).expand(len(self.lens), -1).minimum(lens - 1)
+            lens = torch.tensor(self.lens, device="cpu")[:, None]
+            slots = torch.arange(self.max_len, device="cpu")
+            return lens.cumsum(0) - lens + slots.expand(len(self.lens), -1).minimum(lens - 1)
 
         return self._cached(device, "slots", build)
 
-    def _cached(self, device: torch.device, what: str, build) -> Tensor:
+    def _cached(self, device: torch.device, what: str, build: Callable[[], Tensor]) -> Tensor:
         device = torch.device(device)
         found = self._on_device.get((device, what))
         if found is None:
-            # Tensors born in inference mode could never take part in training.
-            with torch.inference_mode(False):
-                found = build() if device.type == "cpu" else build().to(device, non_blocking=True)
-            if not torch.compiler.is_compiling():
+            if device.type == "cpu":
+                found = build_to_keep(build)
+            else:
+                with torch.inference_mode(False):
+                    found = self._cached(torch.device("cpu"), what, build).to(device, non_blocking=True)
+            if can_keep(found):
                 self._on_device[device, what] = found
-        return found
+        return as_computed_here(found)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BlockOffsets) and self.lens == other.lens

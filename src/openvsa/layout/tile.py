@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openvsa.errors import ShapeError
-from openvsa.layout.device import has_kernels
+from openvsa.layout.device import as_computed_here, build_to_keep, can_keep, has_kernels
 from openvsa.layout.fit import best_tile
 from openvsa.layout.offsets import BlockOffsets
 from openvsa.layout.reorder import from_blocks, to_blocks
@@ -103,10 +103,8 @@ class TileLayout:
         lens, q_lens = self._block_lens()
         object.__setattr__(self, "blocks", BlockOffsets(lens))
         object.__setattr__(self, "q_blocks", self.blocks if q_lens == lens else BlockOffsets(q_lens))
-        # Tensors born in inference mode could never take part in training.
-        with torch.inference_mode(False):
-            permutation = self._build_permutation()
-            inverse = permutation.argsort()
+        permutation = build_to_keep(self._build_permutation)
+        inverse = build_to_keep(permutation.argsort)
         cpu = torch.device("cpu")
         object.__setattr__(self, "_indices", {(cpu, False): permutation, (cpu, True): inverse})
 
@@ -151,12 +149,12 @@ class TileLayout:
     @property
     def permutation(self) -> Tensor:
         """int64 [S] on the CPU: raster index of the token at each permuted position."""
-        return self._indices[torch.device("cpu"), False]
+        return self._index(torch.device("cpu"), inverse=False)
 
     @property
     def inverse_permutation(self) -> Tensor:
         """int64 [S] on the CPU: permuted position of the token at each raster index."""
-        return self._indices[torch.device("cpu"), True]
+        return self._index(torch.device("cpu"), inverse=True)
 
     def permute(self, x: Tensor, dim: int = 1) -> Tensor:
         """Raster order to block order along `dim`, which must have S entries. Any dtype; differentiable.
@@ -216,10 +214,10 @@ class TileLayout:
         found = self._indices.get((device, inverse))
         if found is None:
             with torch.inference_mode(False):
-                found = self._indices[torch.device("cpu"), inverse].to(device, non_blocking=True)
-            if not torch.compiler.is_compiling():
+                found = self._index(torch.device("cpu"), inverse=inverse).to(device, non_blocking=True)
+            if can_keep(found):
                 self._indices[device, inverse] = found
-        return found
+        return as_computed_here(found)
 
     def _block_lens(self) -> tuple[list[int], list[int]]:
         """Tokens of each block and of each query block, in block order."""
@@ -232,15 +230,15 @@ class TileLayout:
         return [n for lens in query_blocks for n in lens], [sum(lens) for lens in query_blocks]
 
     def _build_permutation(self) -> Tensor:
-        box = within = torch.zeros((), dtype=torch.int64)
+        box = within = torch.zeros((), dtype=torch.int64, device="cpu")
         for g, t, along, n in zip(self.grid, self.tile, self.tile_grid, self.q_tiles, strict=True):
-            tile = torch.arange(g) // t
+            tile = torch.arange(g, device="cpu") // t
             box = box[..., None] * -(-along // n) + tile // n
             within = within[..., None] * n + tile % n
         place = box * math.prod(self.q_tiles) + within
         lattice = place.flatten().argsort(stable=True) + self.prefix
-        last = self.num_tokens - self.suffix
-        return torch.cat([torch.arange(self.prefix), lattice, torch.arange(last, self.num_tokens)])
+        text = torch.arange(self.num_tokens, device="cpu")
+        return torch.cat([text[: self.prefix], lattice, text[self.num_tokens - self.suffix :]])
 
     def _text_lens(self, tokens: int) -> list[int]:
         size = math.prod(self.tile)

@@ -13,6 +13,7 @@ from torch import Tensor
 from openvsa.config import Budget
 from openvsa.errors import PlanError
 from openvsa.layout import BlockOffsets
+from openvsa.layout.device import values_known
 from openvsa.plan import convert
 from openvsa.plan.coarsen import coarsen_lists, grouped, pieces, refine_lists
 from openvsa.plan.rank import rank
@@ -71,7 +72,7 @@ class BlockPlan:
         # Kernels walk the lists by pointer.
         object.__setattr__(self, "kv_num_blocks", counts.contiguous())
         object.__setattr__(self, "kv_indices", indices.contiguous())
-        if counts.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values_known(counts) and values_known(indices):
             self.validate()
 
     # -- making plans -------------------------------------------------------------------------------------------
@@ -271,11 +272,11 @@ class BlockPlan:
                 raise PlanError(f"dense {name}s must be in 0..{count - 1}, got {chosen}")
         mask = self.block_mask()
         if rows:
-            dense_row = torch.zeros(mask.shape[2], dtype=torch.bool)
+            dense_row = torch.zeros(mask.shape[2], dtype=torch.bool, device="cpu")
             dense_row[rows] = True
             mask = mask | dense_row.to(mask.device, non_blocking=True)[:, None]
         if columns:
-            dense_column = torch.zeros(mask.shape[3], dtype=torch.bool)
+            dense_column = torch.zeros(mask.shape[3], dtype=torch.bool, device="cpu")
             dense_column[columns] = True
             mask = mask | dense_column.to(mask.device, non_blocking=True)
         num_kv = self.kv_blocks.num_blocks

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openvsa.errors import PlanError
 from openvsa.layout import BlockOffsets
+from openvsa.layout.device import values_known
 
 __all__ = ["coarsen_lists", "grouped", "pieces", "refine_lists"]
 
@@ -57,9 +58,10 @@ def coarsen_lists(counts: Tensor, indices: Tensor, num_kv: int, q: int, kv: int)
 def refine_lists(counts: Tensor, indices: Tensor, q_pieces: list[int], kv_pieces: list[int]) -> tuple[Tensor, Tensor]:
     """Lists in which query block i has become q_pieces[i] rows, and key block j kv_pieces[j] entries of each list."""
     device, width = indices.device, indices.shape[-1]
-    parts = torch.tensor(kv_pieces).to(device, non_blocking=True)
-    first = torch.tensor([0, *accumulate(kv_pieces)]).to(device, non_blocking=True)
-    rows = torch.repeat_interleave(torch.tensor(q_pieces)).to(device, non_blocking=True)
+    parts = torch.tensor(kv_pieces, device="cpu").to(device, non_blocking=True)
+    first = torch.tensor([0, *accumulate(kv_pieces)], device="cpu").to(device, non_blocking=True)
+    rows = torch.repeat_interleave(torch.tensor(q_pieces, device="cpu"), output_size=sum(q_pieces))
+    rows = rows.to(device, non_blocking=True)
 
     planned = torch.arange(width, device=device) < counts[..., None]
     old = indices.masked_fill(~planned, 0).long()
@@ -77,7 +79,7 @@ def refine_lists(counts: Tensor, indices: Tensor, q_pieces: list[int], kv_pieces
 def _trimmed(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tensor, Tensor]:
     """No wider than needed, as far as the host knows the counts; zeros past the count."""
     width = min(indices.shape[-1], num_kv)
-    if counts.device.type == "cpu" and counts.numel():
+    if counts.numel() and values_known(counts):
         width = min(width, max(int(counts.max()), 1))
     indices = indices[..., :width]
     past = torch.arange(width, device=indices.device) >= counts[..., None]

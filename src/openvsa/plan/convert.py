@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openvsa.errors import PlanError, require
 from openvsa.layout import BlockOffsets
-from openvsa.layout.device import kernels_on
+from openvsa.layout.device import kernels_on, values_known
 from openvsa.torch_op import torch_op
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def mask_to_lists(mask: Tensor, max_blocks: int | None) -> tuple[Tensor, Tensor]
     """bool [..., NQ, NK] to counts [..., NQ] and ascending indices [..., NQ, K]."""
     counts = mask.sum(-1, dtype=torch.int32)
     width = mask.shape[-1] if max_blocks is None else min(max_blocks, mask.shape[-1])
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_known(mask):
         longest = int(counts.max()) if counts.numel() else 0
         if max_blocks is not None and longest > width:
             raise PlanError(f"max_blocks is {max_blocks}, but a row of the mask has {longest} blocks")
@@ -62,7 +62,7 @@ def csr_to_lists(starts: Tensor, indices: Tensor, num_kv: int, max_blocks: int |
     """Compressed rows to index form; K is `max_blocks`, else the longest row (CPU) or NK (elsewhere)."""
     counts = starts.diff(dim=-1).int()
     width = num_kv if max_blocks is None else max_blocks
-    if starts.device.type == "cpu" and counts.numel() and not torch.compiler.is_compiling():
+    if counts.numel() and values_known(starts) and values_known(indices):
         _check_starts(starts, indices)
         longest = int(counts.max())
         if longest > width:

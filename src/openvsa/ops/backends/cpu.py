@@ -116,7 +116,7 @@ class _Slots(NamedTuple):
         if bool((lens == width).all()):
             return cls(lens.numel(), width, lens, None)
         block = torch.repeat_interleave(lens)
-        tokens = torch.arange(block.numel()) - offsets.long()[block] + block * width
+        tokens = torch.arange(block.numel(), device="cpu") - offsets.long()[block] + block * width
         return cls(lens.numel(), width, lens, tokens)
 
     def pad(self, x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class _Room:
         if held is None or held.numel() < size:
             # Tensors born in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                held = self._held[name] = torch.empty(size, dtype=self.dtype)
+                held = self._held[name] = torch.empty(size, dtype=self.dtype, device="cpu")
         return held[:size].view(shape)
 
     def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
@@ -209,12 +209,12 @@ def _chunks(plan: PlanTensors, kv_slots: _Slots, b: int, head: int) -> Iterator[
         picks = indices[rows, :longest].long()
         hidden = None
         if counts[start] < longest:
-            past = torch.arange(longest) >= torch.tensor(counts[start:stop])[:, None]
+            past = torch.arange(longest, device="cpu") >= torch.tensor(counts[start:stop], device="cpu")[:, None]
             # Filled up with what the row reads anyway: 0 times the NaN of an unread block would be NaN.
             picks = torch.where(past, picks[:, :1], picks)
             hidden = past[..., None].expand(-1, -1, kv_slots.width)
         if kv_slots.tokens is not None:
-            beyond = torch.arange(kv_slots.width) >= kv_slots.lens[picks][..., None]
+            beyond = torch.arange(kv_slots.width, device="cpu") >= kv_slots.lens[picks][..., None]
             hidden = beyond if hidden is None else hidden | beyond
         yield _Chunk(rows, picks, None if hidden is None else hidden.flatten(1))
         start = stop
