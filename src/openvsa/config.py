@@ -80,7 +80,7 @@ class Budget:
             kept = num_blocks
         kept = max(kept, self.min_blocks)
         kept = min(kept, num_blocks, self.max_blocks or num_blocks)
-        forced = min(self.keep_first, num_blocks) + self.keep_self
+        forced = min(self.keep_first, num_blocks) + int(self.keep_self)  # Dynamo of torch 2.9 adds no bool
         if forced > max(kept, 1) and kept < num_blocks:
             raise BudgetError(
                 f"{forced} blocks must always be kept (keep_first={self.keep_first}, keep_self={self.keep_self}) but "
