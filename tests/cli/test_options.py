@@ -97,7 +97,7 @@ def test_train_takes_every_option(openvsa_command: Callable, received: dict[str,
     assert outcome.status == 0
     assert outcome.out.splitlines() == [
         "loss on held-out shots at density 0.25: 1.0000 -> 0.5000",
-        "7 steps in 1.5 minutes; the model is in there",
+        "7 steps in 1.5 minutes; the model is in there/model",
     ]
     config = received["config"]
     assert config.num_layers == train.preset("miniature", out=Path("x"), steps=1).num_layers

@@ -158,7 +158,7 @@ def train(
         typer.echo(
             f"loss on held-out shots at density {density}: {result.first['held_out'][density]:.4f} -> {loss:.4f}"
         )
-    typer.echo(f"{result.steps} steps in {result.seconds / 60:.1f} minutes; the model is in {result.out}")
+    typer.echo(f"{result.steps} steps in {result.seconds / 60:.1f} minutes; the model is in {result.out / 'model'}")
 
 
 @app.command()
