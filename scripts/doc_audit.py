@@ -46,6 +46,7 @@ def summary(figures: AuditFigures) -> str:
         ["the same for the best plan of that density", percent(figures.oracle_recall)],
         ["PSNR of the clip against full attention", f"{sparse.quality.mean_psnr:.1f} dB"],
         ["SSIM", f"{sparse.quality.mean_ssim:.3f}"],
+        *([["VIF", f"{sparse.quality.mean_vif:.3f}"]] if sparse.quality.vif else []),
         ["change of the final latents", percent(sparse.latents_error)],
     ]
     return table(["", f"density {figures.settings.density:g}"], rows)
@@ -68,12 +69,15 @@ def by_density(figures: AuditFigures) -> str:
 
 def uniform_and_table(figures: AuditFigures) -> str:
     assert figures.budgeted is not None
+    with_vif = bool(figures.sparse.quality.vif)
 
     def row(name: str, run: SparseRun) -> list[str]:
-        psnr, ssim = run.quality.mean_psnr, run.quality.mean_ssim
-        return [name, percent(run.density), f"{psnr:.2f} dB", f"{ssim:.4f}", f"{100 * run.latents_error:.2f} %"]
+        quality = run.quality
+        likeness = [f"{quality.mean_psnr:.2f} dB", f"{quality.mean_ssim:.4f}"]
+        likeness += [f"{quality.mean_vif:.4f}"] if with_vif else []
+        return [name, percent(run.density), *likeness, f"{100 * run.latents_error:.2f} %"]
 
-    head = ["budget", "density", "PSNR", "SSIM", "change of the final latents"]
+    head = ["budget", "density", "PSNR", "SSIM", *(["VIF"] if with_vif else []), "change of the final latents"]
     runs = table(head, [row("uniform", figures.sparse), row("table", figures.budgeted)])
     rows = [[str(f.step), f"{100 * f.error:.2f} %", f"{100 * (f.budgeted or 0):.2f} %"] for f in figures.forwards]
     return runs + "\n" + table(["change of the prediction in step", "uniform", "table"], rows)

@@ -294,7 +294,7 @@ def presets() -> str:
         lines.append([f"`{name}`", *what, "<br>".join(speeds) or "not measured", quality])
     figures = AuditFigures.from_json(AUDIT.read_text())
     quality = figures.sparse.quality
-    told = f"PSNR {quality.mean_psnr:.1f} dB, SSIM {quality.mean_ssim:.3f} ([what you lose](what-you-lose.md))"
+    told = f"{quality} ([what you lose](what-you-lose.md))"
     lines.append(["the bundled model, no preset", f"{figures.settings.density:g}", "none", "none", "", told])
     head = ["preset", "density", "dense first steps", "dense layers", "all steps, against dense", "quality"]
     return table(head, lines)

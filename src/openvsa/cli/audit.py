@@ -215,14 +215,11 @@ def _summary(figures: AuditFigures, page: Path, budget: Path | None) -> str:
     lines = [
         f"recall     {figures.recall:.1%} of attention on {sparse.density:.1%} of the pairs; at best it would be "
         f"{figures.oracle_recall:.1%}",
-        f"likeness   PSNR {sparse.quality.mean_psnr:.1f} dB, SSIM {sparse.quality.mean_ssim:.3f}",
+        f"likeness   {sparse.quality}",
         f"in all     {dense.total_seconds:.1f} s -> {sparse.time.total_seconds:.1f} s, and no faster than "
         f"{figures.ceiling:.2f}x at any density",
     ]
     if figures.budgeted is not None:
         ours = figures.budgeted
-        lines.append(
-            f"table      PSNR {ours.quality.mean_psnr:.1f} dB, SSIM {ours.quality.mean_ssim:.3f} at density "
-            f"{ours.density:.1%}, in {budget}"
-        )
+        lines.append(f"table      {ours.quality} at density {ours.density:.1%}, in {budget}")
     return "\n".join([*lines, f"open {page}"])

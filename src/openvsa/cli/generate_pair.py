@@ -193,7 +193,7 @@ def _summary(figures: Figures, page: Path) -> str:
         f"in all     {dense.total_seconds:.1f} s -> {sparse.total_seconds:.1f} s, {figures.speedup:.2f}x as fast\n"
         f"attention  {dense.attention_seconds:.1f} s -> {sparse.attention_seconds:.1f} s, "
         f"{figures.attention_speedup:.2f}x as fast\n"
-        f"likeness   PSNR {figures.quality.mean_psnr:.1f} dB, SSIM {figures.quality.mean_ssim:.3f}\n"
+        f"likeness   {figures.quality}\n"
         f"open {page}"
     )
 

@@ -202,7 +202,8 @@ class AuditFigures:
         }
         for name, run in (("sparse", self.sparse), ("budgeted", self.budgeted)):
             if run:
-                mean = {"psnr": finite_or_none(run.quality.mean_psnr), "ssim": run.quality.mean_ssim}
+                of = run.quality
+                mean = {"psnr": finite_or_none(of.mean_psnr), "ssim": of.mean_ssim, "vif": of.mean_vif}
                 content["derived"][name] = mean
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
@@ -217,7 +218,7 @@ class AuditFigures:
             if found is None:
                 return None
             psnr = tuple(math.inf if value is None else value for value in found["quality"]["psnr"])
-            quality = Quality(psnr, tuple(found["quality"]["ssim"]))
+            quality = Quality(psnr, tuple(found["quality"]["ssim"]), tuple(found["quality"].get("vif", ())))
             return SparseRun(found["density"], PassTime(**found["time"]), quality, found["latents_error"])
 
         def figures(found: dict[str, Any]) -> CallFigures:

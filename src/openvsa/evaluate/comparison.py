@@ -95,6 +95,7 @@ class Figures:
             "density": self.density,
             "mean_psnr": finite_or_none(self.quality.mean_psnr),
             "mean_ssim": self.quality.mean_ssim,
+            "mean_vif": self.quality.mean_vif,
         }
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
@@ -108,7 +109,7 @@ class Figures:
             dense=PassTime(**content["dense"]),
             sparse=PassTime(**content["sparse"]),
             layers=tuple(LayerFigures(**layer) for layer in content["layers"]),
-            quality=Quality(tuple(psnr), tuple(content["quality"]["ssim"])),
+            quality=Quality(tuple(psnr), tuple(content["quality"]["ssim"]), tuple(content["quality"].get("vif", ()))),
         )
 
 

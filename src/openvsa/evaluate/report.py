@@ -88,6 +88,7 @@ def _clip_data(comparison: Comparison) -> dict[str, object]:
         "fps": figures.settings.fps,
         "psnr": [finite_or_none(value) for value in figures.quality.psnr],
         "ssim": list(figures.quality.ssim),
+        "vif": list(figures.quality.vif),
     }
 
 

@@ -17,7 +17,8 @@
     const frame = frameNow();
     scrub.value = frame;
     const psnr = clip.psnr[frame] === null ? "identical" : `PSNR ${clip.psnr[frame].toFixed(1)} dB`;
-    const facts = `Frame ${frame + 1} of ${clip.frames}: ${psnr}, SSIM ${clip.ssim[frame].toFixed(3)}`;
+    const vif = clip.vif.length ? `, VIF ${clip.vif[frame].toFixed(3)}` : "";
+    const facts = `Frame ${frame + 1} of ${clip.frames}: ${psnr}, SSIM ${clip.ssim[frame].toFixed(3)}${vif}`;
     byId("frame-facts").textContent = facts;
     scrub.setAttribute("aria-valuetext", facts);
     if (figure.hidden) return;
