@@ -188,7 +188,8 @@ def sweeps(cases: dict[str, Measured]) -> str:
     rivals = sorted({case.rival for name, case in cases.items() if "densities" in name and case.rival})
     note = (
         f"How many times as fast as {' and '.join(rivals)} the fastest backend is, by the share of blocks kept (random "
-        "lists; `vsa` is the whole op). At the break-even density both take equally long.\n\n"
+        "lists; `vsa` is the whole op). At the break-even density both take equally long; *about*: beyond what was "
+        "measured, by a line through the last two.\n\n"
     )
     return "#### By length and density\n\n" + note + table(head, lines)
 
@@ -202,15 +203,18 @@ def _points(case: Measured, op: str, first: str, what: str) -> Iterator[tuple[fl
 
 
 def break_even(points: dict[float, float]) -> str:
-    """Where the speed-up is 1, by a straight line through the times at the two densities around it."""
+    """Where the speed-up is 1, by a straight line through the times at the two densities around it, or at the two
+    largest ones: then with "about"."""
     known = sorted(points.items())
     if known[0][1] < 1:
         return f"below {known[0][0]:.3g}"
-    for (low, fast), (high, slow) in pairwise(known):
-        if slow < 1:
-            before, after = 1 / fast, 1 / slow
-            return f"{low + (high - low) * (1 - before) / (after - before):.2f}"
-    return f"above {known[-1][0]:.3g}"
+    if len(known) == 1:
+        return f"above {known[0][0]:.3g}"
+    around = next(((low, high) for low, high in pairwise(known) if high[1] < 1), None)
+    (low, fast), (high, slow) = around or known[-2:]
+    before, after = 1 / fast, 1 / slow
+    found = low + (high - low) * (1 - before) / (after - before)
+    return f"{'' if around else 'about '}{found:.2f}"
 
 
 def memory(cases: dict[str, Measured]) -> str:

@@ -84,7 +84,9 @@ def test_the_readme_has_the_op_by_the_newest_files(results: Path) -> None:
 
 def test_break_even_beyond_what_was_measured() -> None:
     assert break_even({1 / 8: 0.5, 1 / 2: 0.2}) == "below 0.125"
-    assert break_even({1 / 8: 4.0, 1 / 2: 1.5}) == "above 0.5"
+    assert break_even({1 / 8: 4.0}) == "above 0.125"
+    # Times of .25 and .75 of dense: a line reaches 1 at 1/2 + (1/2 - 1/4) / 2.
+    assert break_even({1 / 8: 8.0, 1 / 4: 4.0, 1 / 2: 4 / 3}) == "about 0.62"
 
 
 def test_a_stale_page_is_noticed(results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
