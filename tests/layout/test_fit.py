@@ -58,7 +58,9 @@ def test_text_is_kept() -> None:
 @pytest.mark.parametrize(
     ("grid", "max_block", "message"),
     [
-        ((4, 4), 0, "max_block must be at least 1 token, got 0"),
+        ((4, 4), 0, "max_block must be a number of tokens >= 1, got 0"),
+        ((4, 4), "64", "max_block must be a number of tokens >= 1, got '64'"),
+        ((4, 4), 64.0, r"max_block must be a number of tokens >= 1, got 64\.0"),
         ((4, 0), 64, r"grid must be a tuple of positive integers.*\(4, 0\)"),
     ],
 )

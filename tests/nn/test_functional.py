@@ -14,7 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from helpers import DEVICE
 from openvsa import BlockPlan, Budget, BudgetError, ShapeError, TileLayout, UnsupportedError, video_sparse_attention
 from openvsa.nn import compressed_attention
+from openvsa.nn.released import released_attention
 from openvsa.select import PooledTopK
+from openvsa.select.released import ReleasedVSA
 from tolerance import FORWARD, GRADIENT, excess
 
 GRID, TILE = (3, 5, 6), (2, 2, 4)
@@ -303,12 +305,33 @@ def test_what_does_not_fit_is_refused() -> None:
         video_sparse_attention(q, k[:, 1:], v[:, 1:], layout, budget)
     with pytest.raises(ShapeError, match=r"branch_weight must be .*\(2, 90, 4, 16\).* got \(2, 90, 2, 16\)"):
         video_sparse_attention(q, k, v, layout, budget, weight[:, :, :2])
+    with pytest.raises(ShapeError, match=r"branch_weight must be .* like the output, got .* on meta"):
+        video_sparse_attention(q, k, v, layout, budget, weight.to("meta"))
+    with pytest.raises(ShapeError, match=r"branch_weight must be .* like the output, got 0\.5"):
+        video_sparse_attention(q, k, v, layout, budget, 0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnsupportedError, match=r"selector must be an object to call, such as PooledTopK.*got <class"):
+        video_sparse_attention(q, k, v, layout, budget, selector=PooledTopK)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ShapeError, match="the 4 heads of q must be a multiple of the 3 heads of k"):
         video_sparse_attention(q, *(x[:, :, :1].expand(2, S, 3, 16) for x in (k, v)), layout, budget)
     with pytest.raises(BudgetError, match="but the budget is 1 of 12 blocks"):
         video_sparse_attention(q, k, v, layout, Budget(top_k=1, keep_first=2))
     with pytest.raises(UnsupportedError, match="'flex' cannot"):
         video_sparse_attention(q, k, v, layout, budget, backend="flex")
+
+
+@pytest.mark.parametrize("layout", [GRID, None, TileLayout])
+def test_a_layout_is_a_tile_layout(layout: Any) -> None:
+    q, k, v, weight = make()
+    refused = pytest.raises(ShapeError, match=r"layout must be a TileLayout, got .* TileLayout\.fit\(\(T, H, W\)\)")
+    released = ReleasedVSA(0.5)
+    with refused:
+        video_sparse_attention(q, k, v, layout, Budget(top_k=3))
+    with refused:
+        PooledTopK()(q, k, layout, Budget(top_k=3))
+    with refused:
+        released(q, q, layout, released.budget)
+    with refused:
+        released_attention(q, q, q, q, layout, released)
 
 
 def test_meta_tensors_give_shapes() -> None:

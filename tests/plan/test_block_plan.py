@@ -377,3 +377,31 @@ def test_lists_never_hold_more_than_they_can_where_nothing_is_checked() -> None:
 def test_scores_of_other_blocks_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(PlanError, match="with 2 query blocks and 3 key blocks, got shape"):
         BlockPlan.from_scores(torch.zeros(shape), Budget(top_k=1), [0, 1, 2], [0, 1, 2, 3])
+
+
+AT = [0, 3, 5]
+MASK = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+WRONG: dict[str, tuple[Any, str]] = {
+    "mask": (lambda: BlockPlan.from_block_mask([[True]], AT, AT), "mask must be a tensor, got list"),
+    "max_blocks": (
+        lambda: BlockPlan.from_block_mask(~MASK, AT, AT, max_blocks=-1), "max_blocks must be a number .*, got -1",
+    ),
+    "scores": (lambda: BlockPlan.from_scores(None, Budget(top_k=1), AT, AT), "scores must be a tensor, got NoneType"),
+    "starts": (lambda: BlockPlan.from_csr([0], [0], AT, AT), "starts must be a tensor, got list"),
+    "floats": (
+        lambda: BlockPlan.from_csr(torch.tensor([[[0, 1.0, 2]]]), torch.tensor([[[0, 1]]]), AT, AT),
+        r"must be integers, got torch\.float32 and torch\.int64",
+    ),
+    "counts": (lambda: BlockPlan([1], MASK, AT, AT), "kv_num_blocks must be a tensor, got list"),
+    "rows": (lambda: BlockPlan.dense(AT, AT).with_dense_blocks([0.5]), r"rows must be numbers .*, got \[0\.5\]"),
+    "one row": (lambda: BlockPlan.dense(AT, AT).with_dense_blocks(columns=1), "columns must be numbers .*, got 1"),
+    "or": (lambda: BlockPlan.dense(AT, AT) | MASK, "must be a BlockPlan, got Tensor"),
+    "inflation": (lambda: BlockPlan.dense(AT, AT).inflation(None), "must be a BlockPlan, got NoneType"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_of_another_type_is_refused(name: str) -> None:
+    call, message = WRONG[name]
+    with pytest.raises(PlanError, match=message):
+        call()

@@ -170,3 +170,11 @@ def test_what_cannot_be_ranked_is_refused() -> None:
         rank(torch.zeros(5, 5), Budget(top_k=2, keep_first=2, keep_self=True))
     with pytest.raises(BudgetError, match=r"budget must be a Budget such as Budget\(keep_ratio=0.125\), got 0.5"):
         rank(torch.zeros(2, 3), 0.5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "forced", [torch.ones(3, 4, dtype=torch.int32), torch.ones(3, 3, dtype=torch.bool), torch.ones(2, 3, 4) > 0]
+)
+def test_forced_blocks_must_fit(forced: Tensor) -> None:
+    with pytest.raises(ShapeError, match=r"forced must be bool and broadcastable to the scores \(3, 4\), got"):
+        rank(torch.zeros(3, 4), Budget(top_k=2), forced)

@@ -17,7 +17,7 @@ from openvsa.layout.fit import best_tile
 from openvsa.layout.offsets import BlockOffsets
 from openvsa.layout.reorder import from_blocks, to_blocks
 
-__all__ = ["TileLayout"]
+__all__ = ["TileLayout", "check_layout"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ class TileLayout:
         if len(q_tiles) != len(tile):
             raise ShapeError(f"q_tiles must have one number per axis, got q_tiles={q_tiles} for tile={tile}")
         for name in ("prefix", "suffix"):
-            count = getattr(self, name)
-            if not isinstance(count, int) or count < 0:
-                raise ShapeError(f"{name} must be a number of tokens >= 0, got {count!r}")
+            object.__setattr__(self, name, _count(name, getattr(self, name), 0))
         tile = tuple(min(t, g) for t, g in zip(tile, grid, strict=True))
         tile_grid = tuple(-(-g // t) for g, t in zip(grid, tile, strict=True))
         q_tiles = tuple(min(n, along) for n, along in zip(q_tiles, tile_grid, strict=True))
@@ -121,9 +119,7 @@ class TileLayout:
         Raises:
             ShapeError: `grid` or `max_block` is not positive.
         """
-        if max_block < 1:
-            raise ShapeError(f"max_block must be at least 1 token, got {max_block}")
-        return cls(grid, best_tile(_sides("grid", grid), max_block), prefix, suffix)
+        return cls(grid, best_tile(_sides("grid", grid), _count("max_block", max_block, 1)), prefix, suffix)
 
     @property
     def num_blocks(self) -> int:
@@ -264,11 +260,30 @@ def _groups(values: list[int], size: int) -> list[list[int]]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
+def check_layout(layout: object) -> None:
+    """Raise ShapeError unless `layout` is a TileLayout: a lattice alone does not say into what it is cut."""
+    if not isinstance(layout, TileLayout):
+        raise ShapeError(
+            f"layout must be a TileLayout, got {layout!r}; for a lattice of (T, H, W) tokens make one with "
+            "TileLayout((T, H, W), tile=(4, 4, 4)) or TileLayout.fit((T, H, W))"
+        )
+
+
+def _count(name: str, count: object, least: int) -> int:
+    try:
+        whole = operator.index(count)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        whole = least - 1
+    if whole < least:
+        raise ShapeError(f"{name} must be a number of tokens >= {least}, got {count!r}")
+    return whole
+
+
 def _sides(name: str, sides: tuple[int, ...]) -> tuple[int, ...]:
     try:
         values = tuple(operator.index(n) for n in sides)
     except TypeError:
-        raise ShapeError(f"{name} must be a tuple of positive integers, got {sides!r}") from None
+        raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {sides!r}") from None
     if not values or min(values) < 1:
         raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {sides!r}")
     return values

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from openvsa.config import Budget
-from openvsa.errors import ShapeError
+from openvsa.errors import ShapeError, UnsupportedError
 from openvsa.layout import TileLayout
+from openvsa.layout.tile import check_layout
 from openvsa.ops import block_sparse_attention
 from openvsa.ops.attention import attend, check_qkv
 from openvsa.plan.rank import row_chunks
@@ -59,17 +60,17 @@ def video_sparse_attention(
         UnsupportedError: no backend (or not the one named) can run it.
     """
     check_qkv(q, k, v)
+    check_layout(layout)
     layout.check("q", q.shape[1])
     layout.check("k", k.shape[1])
-    if branch_weight is not None and branch_weight.shape != (*q.shape[:3], v.shape[3]):
-        raise ShapeError(
-            f"branch_weight must be [B, S, H, D] = {(*q.shape[:3], v.shape[3])} like the output, got "
-            f"{tuple(branch_weight.shape)}"
-        )
+    if branch_weight is not None:
+        _check_weight(branch_weight, (*q.shape[:3], v.shape[3]), q.device)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     same_scale = selector is None
     selector = PooledTopK(scale) if selector is None else selector
     ours = type(selector) is PooledTopK
+    if not ours and (not callable(selector) or isinstance(selector, type)):
+        raise UnsupportedError(f"selector must be an object to call, such as PooledTopK(), got {selector!r}", {})
     # Means come with the permutation, in one pass, where something needs them.
     branch = branch_weight is not None
     (q, k, v), pooled = permute_pool_all(q, k, v, layout, pool=ours or branch)
@@ -116,6 +117,12 @@ def compressed_attention(q_pooled: Tensor, k_pooled: Tensor, v_pooled: Tensor, s
         for start, stop in chunks
     ]  # fmt: skip
     return torch.cat(rows, 1)
+
+
+def _check_weight(weight: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(weight, Tensor) or weight.shape != shape or weight.device != device:
+        got = f"{tuple(weight.shape)} on {weight.device}" if isinstance(weight, Tensor) else repr(weight)
+        raise ShapeError(f"branch_weight must be [B, S, H, D] = {shape} on {device} like the output, got {got}")
 
 
 def _chunks(q_pooled: Tensor, k_pooled: Tensor) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from openvsa.errors import ShapeError
 from openvsa.layout import TileLayout
+from openvsa.layout.tile import check_layout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
 from openvsa.select import spread
@@ -50,6 +51,7 @@ def released_attention(
                 f"{name} must be like q, {tuple(q.shape)} of {q.dtype}, got {tuple(x.shape)} of {x.dtype}; the "
                 "released VSA weights have as many key heads as query heads"
             )
+    check_layout(layout)
     layout.check("q", q.shape[1])
     scores = method.scores(method.means(q, layout), method.means(k, layout))
     plan = method.plan(scores, layout)

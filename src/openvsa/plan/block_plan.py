@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -55,6 +56,7 @@ class BlockPlan:
         object.__setattr__(self, "q_blocks", BlockOffsets.of(self.q_blocks))
         object.__setattr__(self, "kv_blocks", BlockOffsets.of(self.kv_blocks))
         counts, indices = self.kv_num_blocks, self.kv_indices
+        _check_tensors(kv_num_blocks=counts, kv_indices=indices)
         if counts.dim() != 3 or indices.dim() != 4 or indices.shape[:3] != counts.shape:
             raise PlanError(
                 "kv_num_blocks must be [B|1, H|1, NQ] and kv_indices [B|1, H|1, NQ, K], got shapes "
@@ -91,6 +93,8 @@ class BlockPlan:
             PlanError: the mask is not bool, or does not match the offsets.
         """
         q_blocks, kv_blocks = BlockOffsets.of(q_offsets), BlockOffsets.of(kv_offsets)
+        _check_tensors(mask=mask)
+        _check_max_blocks(max_blocks)
         if mask.dim() != 4 or mask.dtype != torch.bool:
             raise PlanError(f"mask must be bool [B|1, H|1, NQ, NK], got {mask.dtype} of shape {tuple(mask.shape)}")
         if tuple(mask.shape[2:]) != (q_blocks.num_blocks, kv_blocks.num_blocks):
@@ -116,6 +120,7 @@ class BlockPlan:
             PlanError: the scores do not match the offsets.
         """
         q_blocks, kv_blocks = BlockOffsets.of(q_offsets), BlockOffsets.of(kv_offsets)
+        _check_tensors(scores=scores)
         if scores.dim() != 4 or tuple(scores.shape[2:]) != (q_blocks.num_blocks, kv_blocks.num_blocks):
             raise PlanError(
                 f"scores must be [B|1, H|1, NQ, NK] with {q_blocks.num_blocks} query blocks and {kv_blocks.num_blocks} "
@@ -140,6 +145,10 @@ class BlockPlan:
             PlanError: shapes do not match, or (on the CPU) a row is malformed.
         """
         q_blocks, kv_blocks = BlockOffsets.of(q_offsets), BlockOffsets.of(kv_offsets)
+        _check_tensors(starts=starts, indices=indices)
+        _check_max_blocks(max_blocks)
+        if starts.is_floating_point() or indices.is_floating_point():
+            raise PlanError(f"starts and indices must be integers, got {starts.dtype} and {indices.dtype}")
         alike = starts.dim() == indices.dim() == 3 and starts.shape[:2] == indices.shape[:2]
         if not alike or starts.shape[-1] != q_blocks.num_blocks + 1:
             raise PlanError(
@@ -263,7 +272,7 @@ class BlockPlan:
         Raises:
             PlanError: a row or column does not exist.
         """
-        rows, columns = sorted(set(rows)), sorted(set(columns))
+        rows, columns = _block_numbers("rows", rows), _block_numbers("columns", columns)
         for name, chosen, count in (
             ("row", rows, self.q_blocks.num_blocks),
             ("column", columns, self.kv_blocks.num_blocks),
@@ -318,6 +327,7 @@ class BlockPlan:
         Raises:
             PlanError: the plans are over different token counts, or `other` computes nothing.
         """
+        _check_plan(other)
         tokens = [(plan.q_blocks.num_tokens, plan.kv_blocks.num_tokens) for plan in (self, other)]
         costs = [plan.cost / plan.kv_num_blocks[..., 0].numel() for plan in (self, other)]
         if tokens[0] != tokens[1] or not costs[1]:
@@ -398,8 +408,34 @@ class BlockPlan:
         return BlockPlan.from_block_mask(mask, self.q_blocks, self.kv_blocks, max_blocks=width)
 
     def _check_same_blocks(self, other: BlockPlan) -> None:
+        _check_plan(other)
         if self.q_blocks != other.q_blocks or self.kv_blocks != other.kv_blocks or self.device != other.device:
             raise PlanError(
                 f"plans can only be combined over the same blocks on one device, got {self.q_blocks} by "
                 f"{self.kv_blocks} on {self.device} and {other.q_blocks} by {other.kv_blocks} on {other.device}"
             )
+
+
+def _check_plan(other: object) -> None:
+    if not isinstance(other, BlockPlan):
+        raise PlanError(
+            f"the other plan must be a BlockPlan, got {type(other).__name__}; BlockPlan.from_block_mask makes one"
+        )
+
+
+def _check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise PlanError(f"{name} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one")
+
+
+def _check_max_blocks(max_blocks: object) -> None:
+    if max_blocks is not None and (not isinstance(max_blocks, int) or max_blocks < 0):
+        raise PlanError(f"max_blocks must be a number of blocks >= 0 or None, got {max_blocks!r}")
+
+
+def _block_numbers(name: str, numbers: Iterable[int]) -> list[int]:
+    try:
+        return sorted({operator.index(number) for number in numbers})
+    except TypeError:
+        raise PlanError(f"{name} must be numbers of blocks such as [0, 3], got {numbers!r}") from None

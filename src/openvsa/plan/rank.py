@@ -41,14 +41,24 @@ def rank(scores: Tensor, budget: Budget, forced: Tensor | None = None) -> tuple[
         kv_num_blocks int32 [..., NQ] and kv_indices int32 [..., NQ, K], ascending; entries past the count are 0.
 
     Raises:
-        ShapeError: scores have fewer than 2 dimensions.
+        ShapeError: scores have fewer than 2 dimensions, or forced does not fit them.
         BudgetError: budget is something else, or keep_self is asked for and NQ differs from NK.
     """
     if scores.dim() < 2:
         raise ShapeError(f"scores must be [..., NQ, NK], got shape {tuple(scores.shape)}")
     num_q, num_kv = scores.shape[-2:]
     _check_budget(budget, num_q, num_kv)
+    if forced is not None and not (forced.dtype == torch.bool and _expands(forced.shape, scores.shape)):
+        raise ShapeError(
+            f"forced must be bool and broadcastable to the scores {tuple(scores.shape)}, got {forced.dtype} of shape "
+            f"{tuple(forced.shape)}"
+        )
     return _rank(scores, budget, forced, 0)
+
+
+def _expands(shape: torch.Size, to: torch.Size) -> bool:
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, wanted) for size, wanted in pairs)
 
 
 def row_chunks(num_q: int, scores_per_row: int) -> list[tuple[int, int]]:

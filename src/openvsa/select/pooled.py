@@ -13,6 +13,7 @@ from openvsa.config import Budget
 from openvsa.layout import TileLayout
 from openvsa.layout.device import has_kernels
 from openvsa.layout.reorder import two_means
+from openvsa.layout.tile import check_layout
 from openvsa.plan import BlockPlan
 from openvsa.plan.rank import rank_in_chunks
 from openvsa.select.pool import pool_mean
@@ -118,6 +119,7 @@ class PooledTopK:
 
     def __call__(self, q: Tensor, k: Tensor, layout: TileLayout, budget: Budget) -> BlockPlan:
         """See Selector."""
+        check_layout(layout)
         q, k = q.detach(), k.detach()
         if layout.q_blocks is layout.blocks and has_kernels(q, k):
             layout.check("q", q.shape[1])

@@ -12,6 +12,7 @@ from torch import Tensor
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, ShapeError
 from openvsa.layout import TileLayout
+from openvsa.layout.tile import check_layout
 from openvsa.plan import BlockPlan
 from openvsa.plan.rank import rank_in_chunks
 from openvsa.select.pool import pool_mean
@@ -98,6 +99,7 @@ class ReleasedVSA:
             BudgetError: the budget is not that of this sparsity.
             ShapeError: as in `kept`.
         """
+        check_layout(layout)
         if not torch.compiler.is_compiling():  # a compiled forward may hold the numbers of a budget as variables
             self.check(budget)
         q_means, k_means = self.means(q.detach(), layout), self.means(k.detach(), layout)
