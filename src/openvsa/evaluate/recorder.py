@@ -154,7 +154,8 @@ def tile_attention(event: AttentionEvent, heads: Sequence[int] | None = None) ->
     if event.plan is None:
         kept = torch.ones_like(probability, dtype=torch.bool)
     else:
-        kept = event.plan.block_mask()[0]
+        # Tiles that choose together are shown one by one.
+        kept = event.plan.refine(event.layout.blocks).block_mask()[0]
         kept = kept[at] if len(kept) > 1 else kept.expand_as(probability)
     recall = (probability * kept).sum(-1)
     quantised = (255 * (1 + probability.log2() / PROBABILITY_BITS)).clamp(0, 255)

@@ -119,11 +119,15 @@ def check_settings(config: SparsityConfig, branch: bool) -> None:
     """Refuse settings that a model with a compressed branch (`branch`), or the selector ReleasedVSA, cannot have.
 
     Raises:
-        UnsupportedError: plans would be reused with a compressed branch.
+        UnsupportedError: plans would be reused, or tiles choose together, with a compressed branch.
         BudgetError: the selector decides by itself how many tiles are kept, and the settings say otherwise.
     """
     if branch and config.reuse_steps > 1:
         raise UnsupportedError("plans cannot be reused with a compressed branch; leave reuse_steps at 1", {})
+    if config.q_tiles and (branch or isinstance(config.selector, ReleasedVSA)):
+        raise UnsupportedError(
+            f"a compressed branch has one query block for each tile; leave out q_tiles, got {config.q_tiles}", {}
+        )
     if isinstance(config.selector, ReleasedVSA):
         config.selector.check(config.base)
         if config.steps or config.layers:

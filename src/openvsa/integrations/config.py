@@ -35,6 +35,8 @@ class SparsityConfig:
         budget: any other budget. Exactly one of density and budget is given.
         selector: how tiles are chosen.
         tile: tokens of a tile along each axis of the lattice; None takes `TileLayout.fit` for each lattice.
+        q_tiles: tiles of a query block along each axis, as in TileLayout; () means one. More of them choose together,
+            which is faster and less exact. Not with branch weights.
         steps: denoising step -> density in that step, in place of the budget.
         layers: name of a layer -> its density, or one for each of its heads, in place of the budget and of `steps`. A
             density of 1 leaves the layer dense.
@@ -56,6 +58,7 @@ class SparsityConfig:
     budget: Budget | None = None
     selector: Selector = field(default_factory=PooledTopK)
     tile: tuple[int, ...] | None = None
+    q_tiles: tuple[int, ...] = ()
     steps: Mapping[int, float] = field(default_factory=dict)
     layers: Mapping[str, Share] = field(default_factory=dict)
     dense_first_steps: int = 0
@@ -86,6 +89,7 @@ class SparsityConfig:
         object.__setattr__(self, "steps", MappingProxyType(dict(self.steps)))
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         object.__setattr__(self, "tile", None if self.tile is None else tuple(self.tile))
+        object.__setattr__(self, "q_tiles", tuple(self.q_tiles))
         # Budgets check their numbers, and are made once: compiled code then sees the same objects in every forward.
         base = Budget(keep_ratio=self.density) if self.budget is None else self.budget
         object.__setattr__(self, "_base", base)
@@ -97,6 +101,7 @@ class SparsityConfig:
         """What a file, or a hurried caller, gets wrong, before it does harm in the middle of a generation."""
         wanted = {
             "tile": "whole numbers >= 1, one for each axis of the lattice, such as (4, 4, 4)",
+            "q_tiles": "whole numbers >= 1, one for each axis of the lattice, such as (1, 1, 2), or ()",
             "steps": "a mapping from steps, whole numbers >= 0, to densities, such as {0: 0.5}",
             "layers": "a mapping from names of layers to a density, or to one for each head",
             "dense_layers": "numbers or names of layers, such as (0, 'blocks.1.attn1')",
@@ -106,6 +111,7 @@ class SparsityConfig:
         }
         right = {
             "tile": self.tile is None or (_is_list(self.tile) and all(_is_whole(side, 1) for side in self.tile)),
+            "q_tiles": _is_list(self.q_tiles) and all(_is_whole(side, 1) for side in self.q_tiles),
             "steps": isinstance(self.steps, Mapping)
             and all(_is_whole(step, 0) and not _is_list(of) for step, of in self.steps.items()),
             "layers": isinstance(self.layers, Mapping)

@@ -27,23 +27,32 @@ _COUNT = itertools.count()
 
 
 def kept_layout(
-    grid: tuple[int, ...], tile: tuple[int, ...] | None, prefix: int, suffix: int, device: torch.device
+    grid: tuple[int, ...],
+    tile: tuple[int, ...] | None,
+    q_tiles: tuple[int, ...],
+    prefix: int,
+    suffix: int,
+    device: torch.device,
 ) -> TileLayout:
     """The layout of a lattice in tiles of `tile` (None: those that fit best), its index tensors on `device`."""
     # Compiled code is for one lattice, also where torch.compile takes sizes for symbols.
-    grid = tuple(operator.index(side) for side in grid)
+    grid, q_tiles = (tuple(operator.index(side) for side in sides) for sides in (grid, q_tiles))
     tile = None if tile is None else tuple(operator.index(side) for side in tile)
-    return getattr(_SHELF, _name(grid, tile, operator.index(prefix), operator.index(suffix), device))
+    return getattr(_SHELF, _name(grid, tile, q_tiles, operator.index(prefix), operator.index(suffix), device))
 
 
 @machine_fact
-def _name(grid: tuple[int, ...], tile: tuple[int, ...] | None, prefix: int, suffix: int, device: torch.device) -> str:
-    key = (grid, tile, prefix, suffix, device)
+def _name(
+    grid: tuple[int, ...],
+    tile: tuple[int, ...] | None,
+    q_tiles: tuple[int, ...],
+    prefix: int,
+    suffix: int,
+    device: torch.device,
+) -> str:
+    key = (grid, tile, q_tiles, prefix, suffix, device)
     if key not in _NAMES:
-        if tile is None:
-            layout = TileLayout.fit(grid, prefix=prefix, suffix=suffix)
-        else:
-            layout = TileLayout(grid, tile, prefix, suffix)
+        layout = TileLayout(grid, TileLayout.fit(grid).tile if tile is None else tile, prefix, suffix, q_tiles)
         name = f"layout_{next(_COUNT)}"
         setattr(_SHELF, name, layout.on(device))
         _NAMES[key] = name

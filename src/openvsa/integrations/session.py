@@ -176,8 +176,8 @@ class Session:
 
     def layout(self, sequence: Sequence, suffix: int, device: torch.device) -> TileLayout:
         """The layout of a sequence with so many of its suffix tokens."""
-        tile = self.tile if self.config is None else self.config.tile
-        return kept_layout(sequence.grid, tile, sequence.prefix, suffix, device)
+        tile, q_tiles = (self.tile, ()) if self.config is None else (self.config.tile, self.config.q_tiles)
+        return kept_layout(sequence.grid, tile, q_tiles, sequence.prefix, suffix, device)
 
     def attend(
         self,
