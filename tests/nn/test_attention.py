@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers import DEVICE
 from openvsa import Budget, BudgetError, ShapeError, TileLayout, video_sparse_attention
-from openvsa.nn import VideoSparseAttention
+from openvsa.nn import VideoSparseAttention, attention
 
 GRID = (3, 5, 6)
 
@@ -211,11 +211,45 @@ def test_compiles_in_one_graph(warm: bool) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ShapeError, match="got dim=30, num_heads=4"):
         VideoSparseAttention(30, 4)
-    with pytest.raises(ShapeError, match="num_heads=4, num_kv_heads=3"):
-        VideoSparseAttention(32, 4, num_kv_heads=3)
+    for heads in (0, -2, 3):
+        with pytest.raises(ShapeError, match=f"num_heads=4, num_kv_heads={heads}"):
+            VideoSparseAttention(32, 4, num_kv_heads=heads)
+    with pytest.raises(ShapeError, match="got dim=32, num_heads=0"):
+        VideoSparseAttention(32, 0)
+    with pytest.raises(ShapeError, match=r"x must be hidden states \[B, S, dim\], got shape \(90, 32\)"):
+        module()(hidden()[0], GRID)
+    for settings in ({"tile": 4}, {"q_tiles": 4}):
+        with pytest.raises(ShapeError, match=r"must be a tuple of positive integers such as .*, got 4"):
+            module(**settings)(hidden(), GRID)
     with pytest.raises(ShapeError, match=r"x has 90 tokens, but the layout of grid \(3, 5, 5\) has 75"):
         module()(hidden(), (3, 5, 5))
     with pytest.raises(ShapeError, match="tile must be a tuple of sides or 'fit', got 'best'"):
         module(tile="best")(hidden(), GRID)
     with pytest.raises(ShapeError, match="one number per axis"):
         module(tile=(4, 4))(hidden(), GRID)
+
+
+def test_a_lattice_has_one_layout_however_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_LAYOUTS", {})
+    attn = module()
+    for grid in (GRID, list(GRID), torch.tensor(GRID), torch.tensor(GRID), torch.Size(GRID)):
+        attn(hidden(), grid)
+    assert len(attention._LAYOUTS) == 1
+
+
+def test_projections_may_be_wrapped() -> None:
+    """As adapters and quantisation do: what stands in their place may have no weight, or one on another device."""
+    attn, x = module(), hidden()
+    expected = attn(x, GRID)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    for name in ("to_q", "to_k", "to_v", "to_out", "to_branch_weight"):
+        setattr(attn, name, Wrapped(getattr(attn, name)))
+    assert torch.equal(attn(x, GRID), expected)

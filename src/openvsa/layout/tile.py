@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -17,7 +18,7 @@ from openvsa.layout.fit import best_tile
 from openvsa.layout.offsets import BlockOffsets
 from openvsa.layout.reorder import from_blocks, to_blocks
 
-__all__ = ["TileLayout", "check_layout"]
+__all__ = ["TileLayout", "check_layout", "sides"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class TileLayout:
     _indices: dict[tuple[torch.device, bool], Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        grid, tile = _sides("grid", self.grid), _sides("tile", self.tile)
-        q_tiles = _sides("q_tiles", self.q_tiles or (1,) * len(tile))
+        grid, tile = sides("grid", self.grid), sides("tile", self.tile)
+        q_tiles = sides("q_tiles", self.q_tiles or (1,) * len(tile))
         if len(grid) != len(tile):
             raise ShapeError(
                 f"grid and tile must have one number per axis each, got grid={grid} and tile={tile}; "
@@ -119,7 +120,7 @@ class TileLayout:
         Raises:
             ShapeError: `grid` or `max_block` is not positive.
         """
-        return cls(grid, best_tile(_sides("grid", grid), _count("max_block", max_block, 1)), prefix, suffix)
+        return cls(grid, best_tile(sides("grid", grid), _count("max_block", max_block, 1)), prefix, suffix)
 
     @property
     def num_blocks(self) -> int:
@@ -279,11 +280,12 @@ def _count(name: str, count: object, least: int) -> int:
     return whole
 
 
-def _sides(name: str, sides: tuple[int, ...]) -> tuple[int, ...]:
+def sides(name: str, given: Iterable[int]) -> tuple[int, ...]:
+    """Numbers along each axis as a tuple of integers; `name` says in the error whose they are."""
     try:
-        values = tuple(operator.index(n) for n in sides)
+        values = tuple(operator.index(n) for n in given)
     except TypeError:
-        raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {sides!r}") from None
+        raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {given!r}") from None
     if not values or min(values) < 1:
-        raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {sides!r}")
+        raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {given!r}")
     return values

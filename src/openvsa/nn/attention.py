@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from openvsa.config import Budget
 from openvsa.errors import ShapeError
 from openvsa.layout import TileLayout
+from openvsa.layout.tile import sides
 from openvsa.nn.functional import video_sparse_attention
 from openvsa.select import Selector
 
@@ -39,7 +40,7 @@ class VideoSparseAttention(nn.Module):
         backend: as in `openvsa.block_sparse_attention`.
 
     Raises:
-        ShapeError: dim is not a multiple of num_heads, or num_heads of num_kv_heads.
+        ShapeError: dim is not a positive multiple of num_heads, or num_heads of num_kv_heads.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class VideoSparseAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        num_kv_heads = num_kv_heads or num_heads
-        if dim % num_heads or num_heads % num_kv_heads:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if min(dim, num_heads, num_kv_heads) < 1 or dim % num_heads or num_heads % num_kv_heads:
             raise ShapeError(
-                f"dim must be a multiple of num_heads and num_heads of num_kv_heads, got dim={dim}, "
+                f"dim must be a positive multiple of num_heads and num_heads of num_kv_heads, got dim={dim}, "
                 f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
             )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        self.tile, self.q_tiles = tile, tuple(q_tiles)
+        self.tile, self.q_tiles = tile, q_tiles
         self.budget = budget or Budget(keep_ratio=0.125)
         self.selector, self.backend = selector, backend
         kv_dim = self.head_dim * num_kv_heads
@@ -89,10 +90,14 @@ class VideoSparseAttention(nn.Module):
     def density(self, value: float) -> None:
         self.budget = Budget(keep_ratio=value)
 
-    def layout(self, grid: tuple[int, ...], prefix: int = 0, suffix: int = 0) -> TileLayout:
-        """The layout this module uses for a lattice."""
-        tile = self.tile if isinstance(self.tile, str) else tuple(self.tile)
-        return _layout(tuple(grid), tile, prefix, suffix, tuple(self.q_tiles), self.to_q.weight.device)
+    def layout(
+        self, grid: tuple[int, ...], prefix: int = 0, suffix: int = 0, device: torch.device | str = "cpu"
+    ) -> TileLayout:
+        """The layout this module uses for a lattice, its index tensors copied to `device` ahead of use."""
+        # The same key however the numbers are given: tensors would each be one of their own.
+        tile = self.tile if isinstance(self.tile, str) else sides("tile", self.tile)
+        q_tiles = sides("q_tiles", self.q_tiles) if self.q_tiles else ()
+        return _layout(sides("grid", grid), tile, prefix, suffix, q_tiles, torch.device(device))
 
     def forward(
         self, x: Tensor, grid: tuple[int, ...], rope: Rope | None = None, *, prefix: int = 0, suffix: int = 0
@@ -109,9 +114,11 @@ class VideoSparseAttention(nn.Module):
             [B, S, dim].
 
         Raises:
-            ShapeError: S does not match the lattice.
+            ShapeError: x is not [B, S, dim], or S does not match the lattice.
         """
-        layout = self.layout(grid, prefix, suffix)
+        if x.dim() != 3:
+            raise ShapeError(f"x must be hidden states [B, S, dim], got shape {tuple(x.shape)}")
+        layout = self.layout(grid, prefix, suffix, x.device)
         layout.check("x", x.shape[1])
         q = self.norm_q(self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim)))
         k = self.norm_k(self.to_k(x).unflatten(-1, (self.num_kv_heads, self.head_dim)))
