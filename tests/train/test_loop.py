@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from safetensors.torch import load_file
 
 import openvsa
 from openvsa.models import load_pipeline
-from openvsa.train import run
+from openvsa.train import loop, run
 
 
 def test_the_loss_falls_and_a_model_is_left(config):
@@ -52,3 +53,50 @@ def test_a_bad_checkpoint_is_named(config, tmp_path):
 def test_a_diverged_run_stops(config):
     with pytest.raises(openvsa.OpenVSAError, match="not a number"):
         run(config(matrix_lr=float("inf"), steps=10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "toaster"}, "the device must be cpu, cuda or cuda:N, got 'toaster'"),
+        ({"device": "cuda:99"}, r"the device cuda:99 is not there: torch sees \d+ CUDA devices"),
+        ({"out": "file/out"}, "cannot write into the folder '.*file/out'"),
+        ({"checkpoint": "file/last"}, "cannot write into the folder '.*file'"),
+        ({"checkpoint": "."}, "the checkpoint must be a file"),
+        ({"checkpoint": "none", "resume": True}, "there is no checkpoint '.*none' to resume"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_film_is_read(config, tmp_path, changes, message, monkeypatch):
+    monkeypatch.setattr(loop, "read_film", lambda *args: pytest.fail("read the film"))
+    (tmp_path / "file").write_text("")
+    paths = {name: tmp_path / value for name, value in changes.items() if name in ("out", "checkpoint")}
+    with pytest.raises(openvsa.OpenVSAError, match=message):
+        run(config(**{**changes, **paths}))
+
+
+def test_a_killed_run_leaves_no_lines_behind(config, tmp_path):
+    """It had gone on after its last checkpoint, and was stopped while it wrote a line."""
+    path = config().out / "curve.jsonl"
+    run(config(checkpoint=tmp_path / "last", pause_at=0.5, log_every=1))
+    kept = path.read_text()
+    path.write_text(kept + '{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
+    resumed = run(config(checkpoint=tmp_path / "last", resume=True, log_every=1))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [*map(json.loads, kept.splitlines()), *resumed.curve]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_is_said_and_spoils_nothing(config, tmp_path):
+    run(config(checkpoint=tmp_path / "last", pause_at=0.5))
+    before = (tmp_path / "last").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(openvsa.OpenVSAError, match=r"cannot write the checkpoint '.*last' after 4 steps"):
+            run(config(checkpoint=tmp_path / "last", resume=True))
+        with pytest.raises(openvsa.OpenVSAError, match="trained, but the model cannot be written into"):
+            run(config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "last").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "last"}

@@ -29,7 +29,12 @@ def test_a_time_box_counts_seconds(tmp_path):
     [
         ({"minutes": 1.0, "steps": 1}, "one of minutes and steps"),
         ({"steps": 0}, "longer than nothing"),
+        ({"minutes": float("nan")}, "longer than nothing, got minutes=nan"),
         ({"pause_at": 0.0}, r"pause_at must be in \(0, 1\]"),
+        ({"decay_share": 0.0}, r"decay_share must be in \(0, 1\], got 0"),
+        ({"densities": (0.5, 2.0)}, r"densities must be in \(0, 1\], got \(0\.5, 2\.0\)"),
+        ({"warmup_steps": 0}, "warmup_steps must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"pause_at": 0.5}, "give the file of its checkpoint"),
         ({"resume": True}, "give the file of its checkpoint"),
     ],

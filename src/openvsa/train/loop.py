@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 from torch import Tensor
 
 import openvsa
@@ -54,8 +56,10 @@ class TrainResult:
 def run(config: TrainConfig) -> TrainResult:
     """Trains as `config` says, and writes the model, its loss curve and a sheet of samples into `config.out`.
 
-    Raises `OpenVSAError` when the film or the checkpoint cannot be read, or the loss stops being a number.
+    Raises `OpenVSAError` when the film or the checkpoint cannot be read, something cannot be written, the device is not
+    there, or the loss stops being a number.
     """
+    _check_surroundings(config)
     frames = read_film(config.film or fetch_film(config.cache), config.frame_size, config.shots.end)
     scenes = _usable_scenes(config)
     clips = Clips(
@@ -71,7 +75,10 @@ def run(config: TrainConfig) -> TrainResult:
     state = TrainState(config)
     if config.resume and config.checkpoint is not None:
         state.load(config.checkpoint)
-    curve = _train(config, state, clips, tokenizer)
+    try:
+        curve = _train(config, state, clips, tokenizer)
+    except OSError as error:  # a full disk, say
+        raise OpenVSAError(f"cannot go on after {state.step} steps: {error}; see to the folder {config.out}") from None
     evaluations = [line for line in curve if "held_out" in line]
     finished = config.progress(state.step, state.seconds) >= 1
     result = TrainResult(
@@ -84,8 +91,39 @@ def run(config: TrainConfig) -> TrainResult:
         out=config.out,
     )
     if finished:
-        _export(config, state, tokenizer, clips, scenes, result)
+        try:
+            _export(config, state, tokenizer, clips, scenes, result)
+        except (OSError, SafetensorError) as error:
+            again = ", and run the command again with --resume" if config.checkpoint is not None else ""
+            raise OpenVSAError(
+                f"trained, but the model cannot be written into {config.out}: {error}; make room there{again}"
+            ) from None
     return result
+
+
+def _check_surroundings(config: TrainConfig) -> None:
+    """Refuse at once what would otherwise end the run once the film is read or, worse, at its first checkpoint."""
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise OpenVSAError(f"the device must be cpu, cuda or cuda:N, got {config.device!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OpenVSAError(
+            f"the device {config.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    checkpoint = config.checkpoint
+    for folder in (config.out, *(() if checkpoint is None else (checkpoint.parent,))):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OpenVSAError(f"cannot write into the folder {str(folder)!r}: {error}; choose another") from None
+    if checkpoint is not None and checkpoint.is_dir():
+        raise OpenVSAError(f"the checkpoint must be a file, and {str(checkpoint)!r} is a folder; name a file in it")
+    if config.resume and checkpoint is not None and not checkpoint.is_file():
+        raise OpenVSAError(f"there is no checkpoint {str(checkpoint)!r} to resume; leave out --resume to begin one")
 
 
 def _train(config: TrainConfig, state: TrainState, clips: Clips, tokenizer: PatchTokenizer) -> list[dict[str, Any]]:
@@ -95,12 +133,13 @@ def _train(config: TrainConfig, state: TrainState, clips: Clips, tokenizer: Patc
     handle = openvsa.sparsify(transformer, density=1.0, measure=False, min_tokens=0)
     if config.compile:
         transformer.compile_repeated_blocks(dynamic=False)
-    config.out.mkdir(parents=True, exist_ok=True)
     curve: list[dict[str, Any]] = []
     total, logged = torch.zeros((), device=config.device), state.step
     begun, before = time.monotonic(), state.seconds
+    path = config.out / "curve.jsonl"
+    path.write_text("".join(_lines_until(state.step, path)) if config.resume else "")
     with (
-        (config.out / "curve.jsonl").open("a" if config.resume else "w") as file,
+        path.open("a") as file,
         rich_progress.Progress() as bar,
     ):
         task = bar.add_task("training", total=config.pause_at)
@@ -142,6 +181,17 @@ def _train(config: TrainConfig, state: TrainState, clips: Clips, tokenizer: Patc
             state.save(config.checkpoint)
     handle.detach()
     return curve
+
+
+def _lines_until(step: int, path: Path) -> Iterator[str]:
+    """The lines of a loss curve up to a step: a run that was killed wrote more after its last checkpoint, the last one
+    perhaps in part."""
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line + "\n"
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 def _step(config: TrainConfig, state: TrainState, clips: Clips, tokenizer: PatchTokenizer, handle: Any) -> Tensor:
@@ -201,7 +251,7 @@ def _export(
     facts = {
         "steps": result.steps,
         "minutes": round(result.seconds / 60, 2),
-        "device": torch.cuda.get_device_name() if config.device == "cuda" else config.device,
+        "device": torch.cuda.get_device_name(config.device) if state.dtype == torch.bfloat16 else config.device,
         "torch": torch.__version__,
         "evaluation": result.last,
         "recipe": {name: value for name, value in asdict(config).items() if not isinstance(value, (Path, dict))},

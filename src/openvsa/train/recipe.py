@@ -82,10 +82,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise OpenVSAError(f"give one of minutes and steps, got minutes={self.minutes} and steps={self.steps}")
-        if (self.minutes or self.steps or 0) <= 0:
+        if not (self.minutes or self.steps or 0) > 0:  # also if it is no number
             raise OpenVSAError(f"a run must be longer than nothing, got minutes={self.minutes}, steps={self.steps}")
-        if not 0 < self.pause_at <= 1:
-            raise OpenVSAError(f"pause_at must be in (0, 1], got {self.pause_at}")
+        shares = {"pause_at": (self.pause_at,), "decay_share": (self.decay_share,), "densities": self.densities}
+        for name, values in shares.items():
+            if not values or not all(0 < share <= 1 for share in values):
+                raise OpenVSAError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("batch_size", "warmup_steps", "log_every", "evaluate_every", "evaluation_clips", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise OpenVSAError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.checkpoint is None and (self.resume or self.pause_at < 1):
             raise OpenVSAError("to pause or resume a run, give the file of its checkpoint")
 

@@ -31,7 +31,7 @@ class TrainState:
         torch.manual_seed(config.seed)
         self.model = _new_model(config).to(config.device)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
-        self.dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
+        self.dtype = torch.bfloat16 if torch.device(config.device).type == "cuda" else torch.float32
         self.worker = copy.deepcopy(self.model).to(self.dtype)
         self.optimizers = _new_optimizers(self.model, config)
         # Small draws are made on the CPU and never wait for the device; noise is drawn where it is used.
@@ -64,13 +64,18 @@ class TrainState:
         self.step += 1
 
     def save(self, path: Path) -> None:
-        """Writes the checkpoint, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes the checkpoint, whole or not at all. Raises `OpenVSAError` when it cannot."""
         temporary = path.with_name(f".{path.name}.part")
         metadata = {"state": json.dumps({"step": self.step, "seconds": self.seconds})}
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: t.contiguous() for name, t in self._tensors().items()}, temporary, metadata)
             os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise OpenVSAError(
+                f"cannot write the checkpoint {str(path)!r} after {self.step} steps: {error}. Make room there, or name "
+                "another file; an older checkpoint is as it was"
+            ) from None
         finally:
             temporary.unlink(missing_ok=True)
 
