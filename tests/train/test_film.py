@@ -1,5 +1,7 @@
 import subprocess
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -41,3 +43,14 @@ def test_a_failed_download_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(openvsa.OpenVSAError, match=r"moviepy==2\.2\.1.*no network here.*--film PATH"):
         fetch_film(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sound_alone_is_no_film(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(openvsa.OpenVSAError, match=r"sound\.mp4' has no pictures"):
+        read_film(tmp_path / "sound.mp4", (32, 64), 1)

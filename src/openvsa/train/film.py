@@ -74,6 +74,8 @@ def read_film(path: Path, size: tuple[int, int], num_frames: int) -> Tensor:
     reformatter = VideoReformatter()
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise OpenVSAError(f"the film {str(path)!r} has no pictures; give another copy with --film PATH")
             container.streams.video[0].thread_type = "AUTO"
             for frame in container.decode(video=0):
                 if count == num_frames:
@@ -81,7 +83,7 @@ def read_film(path: Path, size: tuple[int, int], num_frames: int) -> Tensor:
                 scaled = reformatter.reformat(frame, width, height, format="rgb24", interpolation="AREA")
                 pictures[count] = scaled.to_ndarray()
                 count += 1
-    except (av.FFmpegError, OSError, IndexError) as error:
+    except (av.FFmpegError, OSError) as error:
         raise OpenVSAError(f"cannot read the film {str(path)!r}: {error}. Give another copy with --film PATH") from None
     if count < num_frames:
         raise OpenVSAError(f"the film {str(path)!r} has {count} frames, and {num_frames} are needed: it is not whole")

@@ -175,6 +175,7 @@ def _train(config: TrainConfig, state: TrainState, clips: Clips, tokenizer: Patc
                 assessed = state.step
                 if config.checkpoint is not None:
                     state.save(config.checkpoint)
+        bar.update(task, completed=min(done, config.pause_at))
         if assessed < state.step:
             assess()
         if config.checkpoint is not None:
