@@ -6,7 +6,7 @@ import itertools
 import re
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,15 @@ def test_damaged_weights_are_reported_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("owner", "name", "on_call"),
     [(FlowMatchEulerDiscreteScheduler, "step", 3), (report, "write_video", 2), (report, "render_page", 1)],
