@@ -36,21 +36,17 @@ def text_encoder(dim: int = 16) -> UMT5EncoderModel:
 
 def wan(folder: Path) -> Path:
     """Saves a Wan pipeline to the folder: a pixel is a latent of 1/8, a frame but the first one of 1/4."""
-    transformer, vae = _wan_parts(16)
-    WanPipeline(
-        tokenizer=tokenizer(),
-        text_encoder=text_encoder(),
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        transformer=transformer,
-    ).save_pretrained(folder)
-    return folder
+    return _save_wan(WanPipeline, 16, folder)
 
 
 def wan_from_picture(folder: Path) -> Path:
     """Saves a Wan 2.2 image-to-video pipeline, which has no image encoder."""
-    transformer, vae = _wan_parts(36)  # latents, a mask of four frames, and the latents of the picture
-    WanImageToVideoPipeline(
+    return _save_wan(WanImageToVideoPipeline, 36, folder)  # latents, a mask of four frames, and the picture's latents
+
+
+def _save_wan(pipeline: type, in_channels: int, folder: Path) -> Path:
+    transformer, vae = _wan_parts(in_channels)
+    pipeline(
         tokenizer=tokenizer(),
         text_encoder=text_encoder(),
         vae=vae,

@@ -50,7 +50,8 @@ def test_real_lattices_gain(grid: tuple[int, ...]) -> None:
         assert fitted.num_blocks < cube.num_blocks, "the border tiles of Wan's standard lattice are not filled better"
 
 
-def test_text_is_kept() -> None:
+def test_text_and_query_blocks_are_kept() -> None:
+    assert TileLayout.fit((4, 4, 8), q_tiles=(1, 1, 2)) == TileLayout((4, 4, 8), (4, 4, 4), q_tiles=(1, 1, 2))
     layout = TileLayout.fit((4, 4, 4), prefix=3, suffix=2)
     assert (layout.prefix, layout.suffix, layout.num_tokens) == (3, 2, 69)
 

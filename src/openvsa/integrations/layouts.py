@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import OrderedDict
+from typing import Any
 
 import torch
 
@@ -38,21 +39,18 @@ def kept_layout(
     # Compiled code is for one lattice, also where torch.compile takes sizes for symbols.
     grid, q_tiles = (tuple(operator.index(side) for side in sides) for sides in (grid, q_tiles))
     tile = None if tile is None else tuple(operator.index(side) for side in tile)
-    return getattr(_SHELF, _name(grid, tile, q_tiles, operator.index(prefix), operator.index(suffix), device))
+    return getattr(_SHELF, _name((grid, tile, q_tiles, operator.index(prefix), operator.index(suffix)), device))
 
 
 @machine_fact
-def _name(
-    grid: tuple[int, ...],
-    tile: tuple[int, ...] | None,
-    q_tiles: tuple[int, ...],
-    prefix: int,
-    suffix: int,
-    device: torch.device,
-) -> str:
-    key = (grid, tile, q_tiles, prefix, suffix, device)
+def _name(numbers: tuple[Any, ...], device: torch.device) -> str:
+    key = numbers, device
     if key not in _NAMES:
-        layout = TileLayout(grid, TileLayout.fit(grid).tile if tile is None else tile, prefix, suffix, q_tiles)
+        grid, tile, q_tiles, prefix, suffix = numbers
+        if tile is None:
+            layout = TileLayout.fit(grid, prefix=prefix, suffix=suffix, q_tiles=q_tiles)
+        else:
+            layout = TileLayout(grid, tile, prefix, suffix, q_tiles)
         name = f"layout_{next(_COUNT)}"
         setattr(_SHELF, name, layout.on(device))
         _NAMES[key] = name

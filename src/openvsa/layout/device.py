@@ -1,4 +1,4 @@
-"""Which tensors the Triton kernels of layout, plan and select take, and which ones can be read or kept.
+"""Which tensors the Triton kernels of layout, plan and select take.
 
 The rule, in one place: fp32, fp16 and bf16 tensors on a GPU that Triton supports (for plans, whose lists are integers,
 the device alone decides). Everything else, fp64 and CPU tensors in particular, runs the plain torch code beside each
@@ -8,17 +8,14 @@ kernel, which means the same; tests compare the two. With Triton's interpreter o
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from openvsa import config
 
-__all__ = ["as_computed_here", "build_to_keep", "can_keep", "has_kernels", "kernels_on", "values_known"]
+__all__ = ["has_kernels", "kernels_on"]
 
 # Asked once: neither can change while a process runs, and Dynamo must not look for packages.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -48,35 +45,3 @@ def _gpu_is_new_enough(index: int | None) -> bool:
 @cache  # every call of attention asks several times
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-def values_known(x: Tensor) -> bool:
-    """Whether the numbers in `x` can be looked at at once: on the CPU, unless they are being compiled or are fake."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
-
-
-# Tensors that are made once and kept may be asked for first inside inference mode or FakeTensorMode, and later outside.
-
-
-def build_to_keep(build: Callable[[], Tensor]) -> Tensor:
-    """The tensor on the CPU that `build` makes, fit for any use: training, too."""
-    if torch.compiler.is_compiling():  # Dynamo has modes of its own
-        with torch.inference_mode(False):
-            return build()
-    with torch.inference_mode(False), unset_fake_temporarily():
-        return build()
-
-
-def can_keep(x: Tensor) -> bool:
-    """Whether a copy on another device may be kept for later calls."""
-    return not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
-
-
-def as_computed_here(x: Tensor) -> Tensor:
-    """A tensor that was kept, as one of the FakeTensorMode that may be on."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
-        return x
-    mode = active_fake_mode()
-    if mode is None or mode.allow_non_fake_inputs or isinstance(x, FakeTensor):
-        return x
-    return mode.from_tensor(x)

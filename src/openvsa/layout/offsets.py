@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openvsa.errors import PlanError
-from openvsa.layout.device import as_computed_here, build_to_keep, can_keep
+from openvsa.layout.keep import as_computed_here, build_to_keep, can_keep
 
 __all__ = ["BlockOffsets"]
 

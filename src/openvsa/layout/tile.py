@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from openvsa.errors import ShapeError
-from openvsa.layout.device import as_computed_here, build_to_keep, can_keep, has_kernels
+from openvsa.layout.device import has_kernels
 from openvsa.layout.fit import best_tile
+from openvsa.layout.keep import as_computed_here, build_to_keep, can_keep
 from openvsa.layout.offsets import BlockOffsets
 from openvsa.layout.reorder import from_blocks, to_blocks
 
@@ -108,7 +109,14 @@ class TileLayout:
         object.__setattr__(self, "_indices", {(cpu, False): permutation, (cpu, True): inverse})
 
     @classmethod
-    def fit(cls, grid: tuple[int, ...], max_block: int = 64, prefix: int = 0, suffix: int = 0) -> TileLayout:
+    def fit(
+        cls,
+        grid: tuple[int, ...],
+        max_block: int = 64,
+        prefix: int = 0,
+        suffix: int = 0,
+        q_tiles: tuple[int, ...] = (),
+    ) -> TileLayout:
         """The layout whose tile leaves the fewest, and so the fullest, blocks on this lattice.
 
         It minimises the number of blocks N = prod(ceil(grid / tile)) over all tiles of at most `max_block` tokens
@@ -118,9 +126,9 @@ class TileLayout:
         longer along the later axes.
 
         Raises:
-            ShapeError: `grid` or `max_block` is not positive.
+            ShapeError: `grid` or `max_block` is not positive, or as for the class.
         """
-        return cls(grid, best_tile(sides("grid", grid), _count("max_block", max_block, 1)), prefix, suffix)
+        return cls(grid, best_tile(sides("grid", grid), _count("max_block", max_block, 1)), prefix, suffix, q_tiles)
 
     @property
     def num_blocks(self) -> int:

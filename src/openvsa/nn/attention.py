@@ -163,10 +163,11 @@ def _layout(
     found = _LAYOUTS.get(key)
     if found is None:
         if tile == "fit":
-            tile = TileLayout.fit(grid).tile
+            found = TileLayout.fit(grid, prefix=prefix, suffix=suffix, q_tiles=q_tiles)
         elif isinstance(tile, str):
             raise ShapeError(f"tile must be a tuple of sides or 'fit', got {tile!r}")
-        found = TileLayout(grid, tile, prefix, suffix, q_tiles)
+        else:
+            found = TileLayout(grid, tile, prefix, suffix, q_tiles)
         if not torch.compiler.is_compiling():
             _LAYOUTS[key] = found.on(device)
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from openvsa.config import Budget
 from openvsa.errors import PlanError
 from openvsa.layout import BlockOffsets
-from openvsa.layout.device import values_known
+from openvsa.layout.keep import values_known
 from openvsa.plan import convert
 from openvsa.plan.coarsen import coarsen_lists, grouped, pieces, refine_lists
 from openvsa.plan.rank import rank

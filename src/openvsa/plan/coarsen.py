@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openvsa.errors import PlanError
 from openvsa.layout import BlockOffsets
-from openvsa.layout.device import values_known
+from openvsa.layout.keep import values_known
 
 __all__ = ["coarsen_lists", "grouped", "pieces", "refine_lists"]
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from openvsa.errors import PlanError, require
 from openvsa.layout import BlockOffsets
-from openvsa.layout.device import kernels_on, values_known
+from openvsa.layout.device import kernels_on
+from openvsa.layout.keep import values_known
 from openvsa.torch_op import torch_op
 
 if TYPE_CHECKING:

@@ -57,8 +57,9 @@ __device__ __forceinline__ int next_slot(Ring& ring, Position& position, int con
     return TOO_FAR;
 }
 
-// Tile `tile` of a slot, if it is short, before it is multiplied over its tokens: zeros beyond its length. Called while
-// products of scores run, so that it costs no time; these may read the rows before or after, for their scores are hidden.
+// Tiles FIRST to LAST of a slot, if they are short, before they are multiplied over their tokens: zeros beyond their
+// length. Called while products of scores run, so that it costs no time; these may read the rows before or after, for their
+// scores are hidden.
 template <int FIRST, int LAST>
 __device__ __forceinline__ void clear_tails(Ring& ring, int stage, int length) {
     if (length == TILE) return;
