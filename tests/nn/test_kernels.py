@@ -21,7 +21,7 @@ LAYOUTS = [
     TileLayout((4, 6), (2, 3), prefix=7, q_tiles=(1, 2)),
 ]
 # The sparse branch itself runs the same code on both sides.
-BACKEND = "cpu" if DEVICE.type == "cpu" else "reference"
+BACKEND = "cpu" if DEVICE.type == "cpu" else "triton"
 
 
 def attention(layout: TileLayout, *leaves: Tensor, budget: Budget) -> Tensor:
@@ -79,8 +79,8 @@ def test_the_gradient_of_the_branch_weight_waits_for_that_of_attention() -> None
     out = attention(layout, *leaves, budget=Budget(top_k=2))
     with Calls() as calls:
         torch.autograd.grad(out.sum(), leaves)
-    order = [calls.names.index(name) for name in ("block_sparse_attention_backward", "lazy_product_backward")]
-    assert order == sorted(order)
+    attention_ends = max(i for i, name in enumerate(calls.names) if name.startswith("block_sparse_attention_backward"))
+    assert attention_ends < calls.names.index("lazy_product_backward")
 
 
 def test_compiles_in_one_graph() -> None:
