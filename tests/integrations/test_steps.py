@@ -67,9 +67,10 @@ def test_dense_last_steps_need_the_scheduler() -> None:
     with openvsa.sparsify(pipe, config=config) as handle:
         found = densities(handle, model, LEVELS)
         assert [one == 1 for one in found] == [False] * 4 + [True]
-        pipe.scheduler.begin_index = 2  # video to video, begun midway
+        pipe.num_timesteps = 3  # video to video, begun midway
         same = [torch.equal(run(model, level), dense[level]) for level in LEVELS[2:]]
         assert same == [False, False, True]
+        del pipe.num_timesteps
         # The scheduler counts that the pipeline has at the time.
         pipe.scheduler = SimpleNamespace(timesteps=torch.tensor(LEVELS[:2]))
         assert [torch.equal(run(model, level), dense[level]) for level in LEVELS[:2]] == [False, True]
@@ -142,6 +143,20 @@ def test_plans_serve_several_steps_of_their_own_branch() -> None:
     assert plans_made(config, [(900.0, positive, small), (700.0, positive, (3, 5, 7))]) == [True, True]
     assert plans_made(config, [(900.0, positive, small), (700.0, text(2), small)]) == [True, True]
     assert plans_made(config, [(900.0, positive, small), (700.0, positive.clone(), small)]) == [True, True]
+
+
+def test_dense_steps_do_not_use_up_what_plans_serve() -> None:
+    prompt, small = text(), (3, 4, 6)
+    config = SparsityConfig(density=0.3, tile=(1, 2, 2), dense_first_steps=1, reuse_steps=2)
+    model, events = tiny_wan(), list[AttentionEvent]()
+    with openvsa.sparsify(model, config=config) as handle:
+        handle.on_attention(events.append)
+        for level in LEVELS:
+            run(model, level, prompt, small)
+    dense, *plans = [event.plan for event in events if event.layer == 0]
+    assert dense is None
+    assert plans[0] is plans[1] is not plans[2]
+    assert plans[2] is plans[3]
 
 
 def test_plans_do_not_outlive_a_generation_of_one_step() -> None:

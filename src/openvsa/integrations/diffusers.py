@@ -233,7 +233,7 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
         for site in sites:
             site.dense_layers = dense
     session.config = config
-    session.branches.clear()
+    session.plans.clear()
 
 
 def _weakly(model: Any) -> Callable[[], Any]:

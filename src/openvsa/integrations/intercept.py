@@ -23,7 +23,8 @@ from openvsa.errors import OpenVSAError, UnsupportedError
 
 if TYPE_CHECKING:
     from openvsa.integrations.families import Family
-    from openvsa.integrations.session import Kept, Session
+    from openvsa.integrations.reuse import Kept
+    from openvsa.integrations.session import Session
 
 __all__ = ["SparseProcessor", "wrap"]
 

@@ -24,14 +24,15 @@ from openvsa.integrations.families.base import forward_names
 from openvsa.integrations.intercept import SparseProcessor
 from openvsa.integrations.layouts import kept_layout
 from openvsa.integrations.report import AttentionCallback, AttentionEvent
-from openvsa.integrations.steps import Branches, StepClock
+from openvsa.integrations.reuse import Kept, KeptPlans
+from openvsa.integrations.steps import StepClock, count_steps
 from openvsa.integrations.tally import Tally
 from openvsa.layout import TileLayout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
 from openvsa.select import PooledTopK, Selector, permute_pool_all, select_by_head
 
-__all__ = ["Branch", "Forward", "Kept", "Session", "Site"]
+__all__ = ["Branch", "Forward", "Session", "Site"]
 
 
 class Branch(Protocol):
@@ -100,43 +101,6 @@ class Forward:
 
 
 @dataclass
-class Kept:
-    """The plans of one layer and one branch of guidance, by part, that serve more than one step."""
-
-    plans: dict[int, BlockPlan] = field(default_factory=dict)
-    compiled: bool = False  # they were made in a compiled block, and may lie in memory of its CUDA graph
-
-    def settle(self) -> None:
-        """Give plans from compiled blocks memory that no replay overwrites.
-
-        Raises:
-            UnsupportedError: it was overwritten already.
-        """
-        try:
-            self.plans = {
-                place: BlockPlan(plan.kv_num_blocks.clone(), plan.kv_indices.clone(), plan.q_blocks, plan.kv_blocks)
-                for place, plan in self.plans.items()
-            }
-        except RuntimeError as error:
-            raise UnsupportedError(
-                "the plans that reuse_steps keeps were made inside CUDA graphs of torch.compile, which overwrote them; "
-                "call torch.compiler.cudagraph_mark_step_begin() before each forward of the transformer, compile "
-                "without mode='reduce-overhead', or leave reuse_steps at 1",
-                {},
-            ) from error
-        self.compiled = False
-
-
-@dataclass
-class _Reuse:
-    """The plans of one branch of guidance: made in `step`, for sequences like `about`."""
-
-    step: int
-    about: tuple[Any, ...]
-    layers: dict[int, Kept]
-
-
-@dataclass
 class Session:
     """Settings None: the model is only watched, and stays dense."""
 
@@ -149,7 +113,7 @@ class Session:
     tallies: dict[int, Tally] = field(default_factory=dict)
     forward: Forward | None = None
     clock: StepClock = field(default_factory=StepClock)
-    branches: Branches = field(default_factory=Branches)
+    plans: KeptPlans = field(default_factory=KeptPlans)
 
     @property
     def timesteps(self) -> Tensor | None:
@@ -452,7 +416,8 @@ class Site:
             sequence, self._parts(sequence, device), session.layout(Sequence(sequence.grid), 0, device), timestep,
             hoisted=False,
         )  # fmt: skip
-        dense = self._decide(sequence, timestep, self.family.condition((), arguments), device)
+        condition, variant = self.family.condition((), arguments), self.family.variant((), arguments)
+        dense = self._decide(sequence, timestep, condition, variant, device)
         for attn, processor in () if dense else self.attentions:
             processor.check_place(attn)
         if dense or self.hoist is None or getattr(module, "is_cache_enabled", False):
@@ -513,19 +478,25 @@ class Site:
         )
 
     def _decide(
-        self, sequence: Sequence, timestep: Tensor | None, condition: Tensor | None, device: torch.device
+        self,
+        sequence: Sequence,
+        timestep: Tensor | None,
+        condition: Tensor | None,
+        variant: tuple[Any, ...],
+        device: torch.device,
     ) -> bool:
         """Give every layer its budget and its kept plans for this forward. True if all layers stay dense."""
         session, config = self.session, self.session.config
-        step, num_steps, reuse = 0, None, None
+        step, num_steps, kept = 0, None, None
         if config is None:
             return True
         if config.needs_steps:
             step = self._step(sequence, timestep)
             if config.dense_last_steps:
-                num_steps = self._num_steps()
+                num_steps = count_steps(session.pipeline())
             if config.reuse_steps > 1:
-                reuse = self._plans_of(step, config.reuse_steps, (sequence, len(self.processors)), condition)
+                about = (sequence, None if condition is None else condition.shape[0], id(self.transformer))
+                kept = session.plans.of(condition, variant, about, step, config.reuse_steps)
         forward = session.forward
         assert forward is not None
         layout = forward.parts[0].layout
@@ -536,7 +507,7 @@ class Site:
                 if not isinstance(found, str) and config.min_tokens is None:
                     found = self._too_slow(found, layout, device) or found
             processor.budget, processor.why_dense = (None, found) if isinstance(found, str) else (found, "")
-            processor.kept = None if reuse is None else reuse.layers.setdefault(processor.layer, Kept())
+            processor.kept = None if kept is None else kept.setdefault(processor.layer, Kept())
         return all(processor.budget is None for processor in self.processors)
 
     def _too_slow(self, budget: Budget | tuple[Budget, ...], layout: TileLayout, device: torch.device) -> str:
@@ -575,25 +546,5 @@ class Site:
                 {},
             )
         if self.session.clock.tick(float(timestep.max()), sequence.grid, self.session.timesteps):
-            self.session.branches.clear()
+            self.session.plans.clear()
         return self.session.clock.step
-
-    def _num_steps(self) -> int:
-        timesteps = self.session.timesteps
-        if timesteps is None:
-            raise UnsupportedError(
-                "dense_last_steps needs the pipeline given to sparsify, but it, or its scheduler, is gone; keep it", {}
-            )
-        # Video to video begins midway.
-        return len(timesteps[getattr(self.session.pipeline().scheduler, "begin_index", None) or 0 :].unique())
-
-    def _plans_of(self, step: int, serves: int, about: tuple[Any, ...], condition: Tensor | None) -> _Reuse | None:
-        branches = self.session.branches
-        shape = None if condition is None else condition.shape[0]
-        about = (*about, shape, self.transformer is not None and id(self.transformer))
-        found: _Reuse | None = branches.find(condition)
-        # A second forward in the step that made the plans may be of another generation that begins at the same level.
-        if found is None or found.about != about or not 0 < step - found.step < serves:
-            found = _Reuse(step, about, {})
-            branches.keep(condition, found)
-        return found

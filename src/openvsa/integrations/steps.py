@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Branches", "StepClock"]
+from openvsa.errors import UnsupportedError
+
+__all__ = ["Branches", "StepClock", "count_steps"]
 
 
 class StepClock:
@@ -38,22 +40,41 @@ class StepClock:
         return fresh
 
 
+def count_steps(pipeline: Any) -> int:
+    """How many steps the generation has that a pipeline is at.
+
+    Raises:
+        UnsupportedError: the pipeline, or its scheduler, is gone.
+    """
+    timesteps: Tensor | None = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+    if timesteps is None:
+        raise UnsupportedError(
+            "dense_last_steps needs the pipeline given to sparsify, but it, or its scheduler, is gone; keep it", {}
+        )
+    # Video to video begins midway: Diffusers' pipelines have the number of those that are left.
+    left = getattr(pipeline, "num_timesteps", None) or len(timesteps)
+    return len(timesteps[-left:].unique())
+
+
 class Branches:
-    """Something kept for each branch of guidance, found by the tensor that conditions the branch."""
+    """Something kept for each branch of guidance, found by the tensor that conditions the branch, and by what else
+    tells it from others with the same tensor."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[weakref.ref[Tensor], Any]] = []
+        self._kept: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Any]] = []
 
-    def find(self, condition: Tensor | None) -> Any:
+    def find(self, condition: Tensor | None, variant: tuple[Any, ...]) -> Any:
         """What is kept for this very tensor, or None."""
-        self._kept = [(ref, value) for ref, value in self._kept if ref() is not None]
-        return next((value for ref, value in self._kept if condition is not None and ref() is condition), None)
+        self._kept = [entry for entry in self._kept if entry[0]() is not None]
+        if condition is None:
+            return None
+        return next((value for ref, of, value in self._kept if ref() is condition and of == variant), None)
 
-    def keep(self, condition: Tensor | None, value: Any) -> None:
+    def keep(self, condition: Tensor | None, variant: tuple[Any, ...], value: Any) -> None:
         """Keep `value` for as long as the tensor lives; without one nothing is kept, as branches cannot be told."""
         if condition is not None:
-            self._kept = [pair for pair in self._kept if pair[0]() is not condition]
-            self._kept.append((weakref.ref(condition), value))
+            self._kept = [entry for entry in self._kept if entry[0]() is not condition or entry[1] != variant]
+            self._kept.append((weakref.ref(condition), variant, value))
 
     def clear(self) -> None:
         self._kept.clear()

@@ -137,6 +137,21 @@ def test_spatio_temporal_guidance(mask: Tensor | None) -> None:
     assert ran == [f"transformer_blocks.{index}.attn1" for index in range(1 if mask is None else 2)]
 
 
+def test_branches_of_guidance_with_one_prompt_keep_plans_of_their_own() -> None:
+    """The pipeline runs the prompt again with blocks that do not attend, and without the sound."""
+    model, prompt, video = build(perturbed_attn=True), checks.randoms((0,), 5, 16, salt=1), GRID
+    given = [{}, {"spatio_temporal_guidance_blocks": [1]}, {"isolate_modalities": True}]
+    plans: list[Any] = []
+    config = openvsa.SparsityConfig(density=0.3, tile=(1, 2, 2), reuse_steps=2)
+    with openvsa.sparsify(model, config=config) as handle:
+        handle.on_attention(lambda event: plans.append(event.plan) if event.layer == 0 else None)
+        for level in (700.0, 500.0):
+            for more in given:
+                run(model, video, (0,), encoder_hidden_states=prompt, timestep=torch.tensor([level]), **more)
+    assert len({id(plan) for plan in plans[:3]}) == 3
+    assert all(now is before for now, before in zip(plans[3:], plans[:3], strict=True))
+
+
 def test_a_mask_on_the_video_is_refused(model: LTX2VideoTransformer3DModel) -> None:
     mask = torch.ones(2, 72, 72)
     with openvsa.sparsify(model, density=0.5), pytest.raises(openvsa.UnsupportedError, match="attention mask"):

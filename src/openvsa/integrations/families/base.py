@@ -102,6 +102,10 @@ class Family(ABC):
         """The tensor whose identity tells the branches of guidance apart when they run one after the other."""
         return kwargs.get("encoder_hidden_states")
 
+    def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What tells branches of guidance apart whose `condition` is one tensor."""
+        return ()
+
     def hoist(self, transformer: Any) -> Hoist | None:
         """Where to permute once for all layers, or None where something between the layers needs raster order."""
         return None

@@ -55,6 +55,10 @@ class LTX2(Family):
         # One for each token where some are conditioning, which is further denoised than the video.
         return kwargs["timestep"].amax()
 
+    def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        # Without its sound, or with blocks that do not attend, the same prompt is another branch.
+        return bool(kwargs.get("isolate_modalities")), tuple(kwargs.get("spatio_temporal_guidance_blocks") or ())
+
     def hoist(self, transformer: Any) -> Hoist | None:
         if transformer.config.use_keyframes_abs_pos_embedding:  # a mask [B, S, 1] goes in beside the tokens
             return None
