@@ -1,7 +1,7 @@
-"""Nothing is timed that is not right: kernels against the fp64 oracle, on small ragged problems and on the timed one.
+"""Nothing is timed that is not right: kernels against the fp64 oracle, on small ragged problems.
 
-The small problems have the head size, dtype, tiles and head groups of the timed case, so that the kernels they compile
-are those that are timed. Of the timed problem itself a few query and key blocks are compared.
+They have the head size, dtype, tiles and head groups of the timed case, so that the kernels they compile are those that
+are timed. `gate_timed` checks the timed problem itself.
 """
 
 from __future__ import annotations
@@ -14,18 +14,9 @@ import torch
 from torch import Tensor
 
 from openvsa.bench.cases import Case
-from openvsa.bench.contenders import Attend
-from openvsa.bench.oracle import (
-    Inputs,
-    Results,
-    Sample,
-    run_reference,
-    run_sample,
-    sample_sensitivity,
-    sampled,
-    sensitivity,
-)
-from openvsa.bench.tolerance import FORWARD, GRADIENT, judge
+from openvsa.bench.gate_timed import check_selection
+from openvsa.bench.oracle import Inputs, Results, run_reference, sensitivity
+from openvsa.bench.tolerance import FORWARD, GRADIENT, judge, naive_dtype
 from openvsa.config import Budget
 from openvsa.layout import BlockOffsets, TileLayout
 from openvsa.nn.functional import video_sparse_attention
@@ -33,19 +24,9 @@ from openvsa.ops import block_sparse_attention
 from openvsa.ops.capability import Backend, Problem
 from openvsa.ops.reference import reference_attention
 from openvsa.plan import BlockPlan
-from openvsa.select import PooledTopK, pool_mean
+from openvsa.select import PooledTopK
 
-__all__ = [
-    "Checked",
-    "Expected",
-    "check_sample",
-    "check_small",
-    "check_whole_op_sample",
-    "choose_sample",
-    "plain_vsa",
-    "run_and_grad",
-    "sample_of_oracle",
-]
+__all__ = ["Checked", "Expected", "check_small", "plain_vsa"]
 
 _BATCH, _SHARE = 2, 0.4
 
@@ -82,7 +63,7 @@ def check_small(backend: Backend, case: Case, device: torch.device) -> Checked:
             total = total.and_also(Checked(0, [], 0.0, [f"{name}: {'; '.join(reasons)}"]))
             continue
         exact = run_reference(inputs, torch.float64)
-        naive = run_reference(inputs, _naive_dtype(inputs.q.dtype))
+        naive = run_reference(inputs, naive_dtype(inputs.q.dtype))
         kernel = _op(backend.name, inputs, needs_grad)
         found = _compare(name, kernel, Expected(exact, naive, sensitivity(inputs, exact)))
         if layout is not None and needs_grad:
@@ -91,89 +72,12 @@ def check_small(backend: Backend, case: Case, device: torch.device) -> Checked:
     return total
 
 
-def choose_sample(plan: BlockPlan, kv_heads: int, batch: int) -> Sample:
-    """A random and the last query and key block of a random key head: borders are where kernels err."""
-    generator = torch.Generator().manual_seed(1)
-
-    def pick(count: int) -> int:
-        return int(torch.randint(count, (), generator=generator))
-
-    q_blocks, kv_blocks = (
-        tuple(sorted({pick(n), n - 1})) for n in (plan.q_blocks.num_blocks, plan.kv_blocks.num_blocks)
-    )
-    return Sample(pick(batch), pick(kv_heads), q_blocks, kv_blocks)
-
-
 class Expected(NamedTuple):
     """The oracle's results, those of plain torch in the dtype of the problem, and the terms of the tolerance."""
 
     exact: Results
     naive: Results
     terms: Results
-
-
-def check_sample(name: str, kernel: dict[str, Tensor], expected: Expected) -> Checked:
-    """Sampled results of a contender (as `sampled` gives them; lse or gradients may be missing)."""
-    return _compare(name, kernel, expected)
-
-
-def run_and_grad(
-    attend: Attend, inputs: Inputs, sample: Sample, *, heads_first: bool, needs_grad: bool
-) -> dict[str, Tensor]:
-    """The sampled results of a contender on a whole problem, without lse."""
-    q, k, v, grad = (
-        x.detach().transpose(1, 2) if heads_first else x.detach()
-        for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out)
-    )
-    leaves = [x.contiguous().requires_grad_(needs_grad) for x in (q, k, v)]
-    out = attend(*leaves)
-    found = {"out": out.detach()}
-    if needs_grad:
-        found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, grad), strict=True))
-    found = {name: x.transpose(1, 2) if heads_first else x for name, x in found.items()}
-    return sampled(found, inputs.plan, sample, inputs.q.shape[2] // inputs.k.shape[2])
-
-
-def sample_of_oracle(inputs: Inputs, sample: Sample) -> Expected:
-    """What is expected of the sampled part."""
-    naive = run_sample(inputs, sample, _naive_dtype(inputs.q.dtype))
-    return Expected(run_sample(inputs, sample, torch.float64), naive, sample_sensitivity(inputs, sample))
-
-
-def check_whole_op_sample(
-    backend: str, inputs: Inputs, weight: Tensor, layout: TileLayout, budget: Budget, sample: Sample
-) -> Checked:
-    """The forward pass of `video_sparse_attention` on the timed tensors (`inputs` in block order, with the plan of the
-    selector; `weight` in raster order): the sampled query blocks."""
-    q, k, v = (layout.unpermute(x.detach()) for x in (inputs.q, inputs.k, inputs.v))
-    out = layout.permute(video_sparse_attention(q, k, v, layout, budget, weight, backend=backend))
-    sample = sample._replace(kv_blocks=())
-    groups = inputs.q.shape[2] // inputs.k.shape[2]
-    rows = sampled({"out": layout.permute(weight)}, inputs.plan, sample, groups)["out"]
-    kernel = sampled({"out": out}, inputs.plan, sample, groups)
-    results = []
-    expected = sample_of_oracle(inputs, sample)
-    for sparse, dtype in ((expected.exact, torch.float64), (expected.naive, _naive_dtype(inputs.q.dtype))):
-        compressed = _compressed_rows(inputs, layout, sample).to(dtype)
-        results.append(sparse._replace(out=sparse.out + rows.to(dtype) * compressed))
-    return _compare("whole op", kernel, Expected(results[0], results[1], expected.terms))
-
-
-def _compressed_rows(inputs: Inputs, layout: TileLayout, sample: Sample) -> Tensor:
-    """The compressed branch of the sampled query blocks, fp64 [rows, D]; text blocks have none."""
-    groups = inputs.q.shape[2] // inputs.k.shape[2]
-    heads = (sample.kv_head * groups, sample.kv_head, sample.kv_head)
-    q, k, v = (
-        pool_mean(x[sample.batch, None, :, head, None].double(), blocks)[0, :, 0]
-        for x, head, blocks in zip(
-            (inputs.q, inputs.k, inputs.v), heads, (layout.q_blocks, layout.blocks, layout.blocks), strict=True
-        )
-    )
-    rows, tiles = layout.q_tile_blocks, layout.tile_blocks
-    compressed = v.new_zeros(layout.q_blocks.num_blocks, v.shape[1])
-    compressed[rows] = (q[rows] @ k[tiles].t() * inputs.scale).softmax(-1) @ v[tiles]
-    lens = [layout.q_blocks.lens[i] for i in sample.q_blocks]
-    return compressed[list(sample.q_blocks)].repeat_interleave(torch.tensor(lens, device=v.device), 0)
 
 
 def _small_problems(case: Case, device: torch.device) -> Iterator[tuple[str, Inputs, TileLayout | None]]:
@@ -229,13 +133,14 @@ def _compare(name: str, kernel: dict[str, Tensor], expected: Expected) -> Checke
 
 
 def _check_whole_op(backend: str, name: str, inputs: Inputs, layout: TileLayout) -> Checked:
-    """`video_sparse_attention` with a branch weight, and its four gradients, against the formulas of DESIGN 6 in plain
-    torch; only the choice of blocks is taken from the selector itself."""
+    """`video_sparse_attention` with a branch weight, and its four gradients, against its formulas in plain torch; the
+    choice of blocks is taken from the selector, and compared with scores in fp64."""
     budget = Budget(keep_ratio=0.5)
     weight = torch.randn(inputs.q.shape, generator=torch.Generator(inputs.q.device).manual_seed(2),
                          device=inputs.q.device).to(inputs.q.dtype)  # fmt: skip
     tensors = (inputs.q, inputs.k, inputs.v, weight)
-    plan = PooledTopK()(layout.permute(inputs.q), layout.permute(inputs.k), layout, budget)
+    in_blocks = layout.permute(inputs.q), layout.permute(inputs.k)
+    plan = PooledTopK()(*in_blocks, layout, budget)
 
     def plain(dtype: torch.dtype) -> list[Tensor]:
         q, k, v, w = (x.detach().to(dtype).requires_grad_() for x in tensors)
@@ -251,9 +156,10 @@ def _check_whole_op(backend: str, name: str, inputs: Inputs, layout: TileLayout)
     sparse = Inputs(q, k, v, plan, grad_out, inputs.grad_lse, inputs.scale)
     terms = sensitivity(sparse, run_reference(sparse, torch.float64))
     terms = [layout.unpermute(x) for x in (terms.out, terms.dq, terms.dk, terms.dv)]
-    complaints, share = [], 0.0
+    complaints = [f"{name}: selection: {why}" for why in check_selection(*in_blocks, plan, layout, budget)]
+    share = 0.0
     rows = zip(
-        ("out", "dq", "dk", "dv", "dw"), kernel, plain(_naive_dtype(out.dtype)), plain(torch.float64), [*terms, None],
+        ("out", "dq", "dk", "dv", "dw"), kernel, plain(naive_dtype(out.dtype)), plain(torch.float64), [*terms, None],
         strict=True,
     )  # fmt: skip
     for what, got, naive, exact, of_terms in rows:
@@ -289,8 +195,3 @@ def _membership(blocks: BlockOffsets, like: Tensor) -> Tensor:
     members = like.new_zeros(blocks.num_blocks, blocks.num_tokens)
     members[blocks.block_of_token(like.device), torch.arange(blocks.num_tokens, device=like.device)] = 1
     return members
-
-
-def _naive_dtype(dtype: torch.dtype) -> torch.dtype:
-    # There is nothing finer to compare fp64 with.
-    return torch.float32 if dtype == torch.float64 else dtype

@@ -17,7 +17,20 @@ from torch import Tensor
 from openvsa.ops.reference import reference_attention
 from openvsa.plan import BlockPlan
 
-__all__ = ["Inputs", "Results", "Sample", "run_reference", "run_sample", "sample_sensitivity", "sampled", "sensitivity"]
+__all__ = [
+    "Inputs",
+    "Results",
+    "RowResults",
+    "Rows",
+    "Sample",
+    "row_sensitivity",
+    "run_reference",
+    "run_rows",
+    "run_sample",
+    "sample_sensitivity",
+    "sampled",
+    "sensitivity",
+]
 
 # Largest tensor that `run_sample` makes.
 _CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -53,6 +66,25 @@ class Sample(NamedTuple):
     kv_head: int
     q_blocks: tuple[int, ...]
     kv_blocks: tuple[int, ...]
+
+
+class Rows(NamedTuple):
+    """Single queries of a long problem, for each query head a batch entry and the positions of tokens, int64 [N]."""
+
+    batches: tuple[int, ...]
+    tokens: tuple[Tensor, ...]
+
+    def of(self, x: Tensor) -> Tensor:
+        """Those of x [B, S, H, D], [sum of N, D], head by head."""
+        return torch.cat([x[b, at, head] for head, (b, at) in enumerate(zip(*self, strict=True))])
+
+
+class RowResults(NamedTuple):
+    """Of the chosen rows of all heads: out and dq [sum of N, D], lse [sum of N]."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
 
 
 def run_reference(inputs: Inputs, dtype: torch.dtype) -> Results:
@@ -134,6 +166,32 @@ def sample_sensitivity(inputs: Inputs, sample: Sample) -> Results:
     """The sampled part of `sensitivity`."""
     squares = _walk(inputs, sample, torch.float64, _chunk_sensitivity)
     return squares._replace(dk=squares.dk.sqrt(), dv=squares.dv.sqrt())
+
+
+def run_rows(inputs: Inputs, rows: Rows, dtype: torch.dtype) -> RowResults:
+    """The chosen rows of a problem by the formulas of attention and its gradient, computed in `dtype`."""
+    return _each_head(inputs, rows, dtype, _chunk)
+
+
+def row_sensitivity(inputs: Inputs, rows: Rows) -> RowResults:
+    """The chosen rows of `sensitivity`."""
+    return _each_head(inputs, rows, torch.float64, _chunk_sensitivity)
+
+
+def _each_head(inputs: Inputs, rows: Rows, dtype: torch.dtype, of_rows: _OfRows) -> RowResults:
+    plan, groups = inputs.plan, inputs.q.shape[2] // inputs.k.shape[2]
+    device = inputs.q.device
+    mask, block_of = plan.block_mask(), plan.q_blocks.block_of_token(device)
+    kv_lens, no_columns = plan.kv_blocks.lens_on(device).long(), torch.arange(0, device=device)
+    found = []
+    for head, (b, tokens) in enumerate(zip(*rows, strict=True)):
+        q, do = (x[b, tokens, head].to(dtype) for x in (inputs.q, inputs.grad_out))
+        k, v = (x[b, :, head // groups].to(dtype) for x in (inputs.k, inputs.v))
+        reads = mask[b if mask.shape[0] > 1 else 0, head if mask.shape[1] > 1 else 0, block_of[tokens]]
+        hidden = ~reads.repeat_interleave(kv_lens, 1)
+        found.append(of_rows(q, k, v, do, hidden, no_columns, inputs.scale)[:3])
+    out, lse, dq = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return RowResults(out, lse if dtype == torch.float64 else lse.float(), dq)
 
 
 class _Chunk(NamedTuple):

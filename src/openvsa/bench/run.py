@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openvsa.bench import gate
+from openvsa.bench import gate, gate_timed
 from openvsa.bench.cases import Case
 from openvsa.bench.contenders import Attend, Contender
 from openvsa.bench.oracle import Inputs
@@ -146,7 +146,7 @@ def measure_case(
         problem = _Problem(case, device)
         result["plans"] = problem.describe_plans()
         entries = list(_entries(problem, contenders, result))
-        entries = _gate_sampled(problem, entries, result, say)
+        entries = _gate_timed(problem, entries, result, say)
     if result["failed"]:
         return {**result, "passed": False, "seconds": round(time.perf_counter() - begin, 1)}
 
@@ -301,28 +301,30 @@ def _leave_out(result: dict[str, Any], contender: Contender, plan: str, what: st
     result["left_out"].append({"contender": contender.name, "pass": what, "reasons": reasons, "plans": [plan]})
 
 
-def _gate_sampled(problem: _Problem, entries: list[Entry], result: dict[str, Any], say: Say) -> list[Entry]:
-    """Compare a few blocks of each contender on the very problem that is timed; returns those that passed."""
+def _gate_timed(problem: _Problem, entries: list[Entry], result: dict[str, Any], say: Say) -> list[Entry]:
+    """Check each contender on the very problem that is timed; returns those that passed."""
     case, passed = problem.case, []
-    oracles: dict[str, Any] = {}
+    oracles: dict[str, gate_timed.Expected] = {}
+    weight = case.layout.permute(problem.weight)
     for entry in entries:
-        say(f"gate of {entry.contender.name} on {entry.plan}, sampled blocks")
+        say(f"gate of {entry.contender.name} on {entry.plan}, the timed problem")
         inputs = problem.inputs(entry.block_plan)
-        sample = gate.choose_sample(inputs.plan, case.key_heads, case.batch)
+        chosen = []
         try:
+            if entry.plan not in oracles:
+                oracles[entry.plan] = gate_timed.expect(inputs)
+            expected = oracles[entry.plan]
             if entry.budget is not None:
-                found = gate.check_whole_op_sample(
-                    entry.contender.name, inputs, problem.weight, case.layout, entry.budget, sample
+                chosen = gate_timed.check_selection(problem.q, problem.k, inputs.plan, case.layout, entry.budget)
+                found = gate_timed.check_whole_op(
+                    entry.attend, inputs, weight, case.layout, expected, needs_grad=entry.needs_grad
                 )
             else:
-                if entry.plan not in oracles:
-                    oracles[entry.plan] = gate.sample_of_oracle(inputs, sample)
-                kernel = gate.run_and_grad(
-                    entry.attend, inputs, sample, heads_first=entry.contender.heads_first, needs_grad=entry.needs_grad
-                )
-                name = f"{entry.contender.name} on {entry.plan}"
-                found = gate.check_sample(name, kernel, oracles[entry.plan])
-            complaints = found.complaints
+                found = gate_timed.check_attention(
+                    f"{entry.contender.name} on {entry.plan}", entry.attend, inputs, expected,
+                    heads_first=entry.contender.heads_first, needs_grad=entry.needs_grad,
+                )  # fmt: skip
+            complaints = [*(f"whole op: selection: {why}" for why in chosen), *found.complaints]
             result["gate"].setdefault(entry.contender.name, {}).setdefault("sampled", {})[
                 f"{entry.op} {entry.plan}"
             ] = found.share

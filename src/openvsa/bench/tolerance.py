@@ -29,7 +29,7 @@ from torch import Tensor
 
 from openvsa.errors import ShapeError
 
-__all__ = ["FORWARD", "GRADIENT", "Verdict", "excess", "judge"]
+__all__ = ["FORWARD", "GRADIENT", "Verdict", "excess", "judge", "naive_dtype"]
 
 FORWARD = 2.0
 GRADIENT = 3.0
@@ -79,6 +79,12 @@ def judge(kernel: Tensor, naive: Tensor, oracle: Tensor, factor: float, terms: T
                 f"{norm.__name__} error {error:.3g} > {factor:g} * {naive_error:.3g} + {one_ulp:.3g} (ulp)"
             )
     return Verdict(complaints, share)
+
+
+def naive_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype plain torch computes what results in `dtype` are judged by."""
+    # There is nothing finer to compare fp64 with.
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def rms(x: Tensor) -> float:
