@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from openvsa import OpenVSAError
-from openvsa.bench.compare import changes, newly_failed
+from openvsa.bench.compare import changes, newly_failed, newly_left_out, versions_changed
 
 
 def record(device: str = "GPU", case: str = "s32k", **ms: float) -> dict[str, Any]:
@@ -47,6 +47,47 @@ def test_other_machines_and_cases_are_refused() -> None:
         changes(record(triton=1.0), record("TPU", triton=1.0))
     with pytest.raises(OpenVSAError, match="no measurement in common: cases s32k and s8k"):
         changes(record(triton=1.0), record(case="s8k", triton=1.0))
+
+
+@pytest.mark.parametrize("part", ["processor", "capability", "processors"])
+def test_machines_of_one_name_may_differ(part: str) -> None:
+    one, other = record(triton=1.0), record(triton=1.0)
+    one["machine"][part], other["machine"][part] = "fast", "slow"
+    with pytest.raises(OpenVSAError, match="different machines cannot be compared: 'fast' and 'slow'"):
+        changes(one, other)
+    other["machine"].pop(part)  # a file of an older version
+    assert changes(one, other)
+
+
+@pytest.mark.parametrize(("part", "value"), [("pairs", 1020), ("shared_with_next", 0.6)])
+def test_plans_of_one_name_may_differ(part: str, value: float) -> None:
+    one, other = record(triton=1.0), record(triton=1.0)
+    plan = {"pairs": 1000, "shared_with_next": 0.5}
+    one["cases"][0]["plans"], other["cases"][0]["plans"] = {"model 1/8": plan}, {"model 1/8": {**plan, part: value}}
+    with pytest.raises(OpenVSAError, match=rf"'model 1/8' of 's32k' is not one problem in both runs: {part}"):
+        changes(one, other)
+    other["cases"][0]["plans"]["model 1/8"][part] = plan[part] * 1.005
+    assert changes(one, other)
+
+
+@pytest.mark.parametrize("what", ["all", "backward"])
+def test_what_cannot_run_any_more_is_found(what: str) -> None:
+    before, after = record(triton=1.0, dense=1.0), record(cpu=1.0)
+    row = before["cases"][0]["rows"][0]
+    before["cases"][0]["rows"].append({**row, "pass": "backward"})
+    left = {"contender": "triton", "pass": what, "reasons": ["no triton"], "plans": ["random 1/8"]}
+    after["cases"][0]["left_out"] = [left, {**left, "contender": "dense", "plans": ["-"]}]
+    assert newly_left_out(before, after) == {"s32k triton": ["no triton"]}
+    assert newly_left_out(record(cpu=1.0), after) == {}
+    after["cases"][0]["left_out"] = [{"what": "compiled steps", "reasons": ["slow"]}]
+    assert newly_left_out(before, after) == {}
+
+
+def test_versions_that_changed_are_named() -> None:
+    one = {"versions": {"torch": "2.9", "triton": "3.6"}, "machine": {"driver": "580"}}
+    other = {"versions": {"torch": "2.11", "triton": "3.6", "numpy": "2"}, "machine": {"driver": "590"}}
+    assert versions_changed(one, one) == []
+    assert versions_changed(one, other) == ["torch 2.9 before, 2.11 after", "driver 580 before, 590 after"]
 
 
 def test_one_name_for_two_problems_is_refused() -> None:

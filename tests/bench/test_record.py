@@ -59,6 +59,33 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(tmp_path
         result_path(file, new_record(CPU, "openvsa bench", None, {}))
 
 
+def test_a_folder_that_takes_no_file_is_refused_too() -> None:
+    # Not even root can make a file there.
+    with pytest.raises(OpenVSAError, match=r"no results can be written to the folder '/proc' .*; choose another"):
+        result_path(Path("/proc"), new_record(CPU, "openvsa bench", None, {}))
+
+
+def test_a_disk_that_fills_up_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record.os, "replace", full)
+    with pytest.raises(OpenVSAError, match=r"cannot be written to '.*bench.json' \(.*No space left on device\)"):
+        write(tmp_path / "bench.json", new_record(CPU, "openvsa bench", None, {}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"machine": {}}, {"cases": [{"name": "a", "passed": True}]}, {"cases": 3}, {"cases": [{"rows": []}]},
+     *({"cases": [{"name": "a", "passed": True, "rows": [row]}]} for row in ({}, {"ms": 0}, {"ms": float("nan")}))],
+)  # fmt: skip
+def test_damaged_files_are_refused(change: dict, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write(path, new_record(CPU, "openvsa bench", None, {}) | change)
+    with pytest.raises(OpenVSAError, match="is no whole result file: a machine, case, row or time is missing"):
+        load(path)
+
+
 def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = Path(record.__file__).parent
     command = ["git", "-C", str(source), "rev-parse", "HEAD"]

@@ -7,12 +7,17 @@ from typing import Any
 
 from openvsa.errors import OpenVSAError
 
-__all__ = ["Change", "changes", "newly_failed"]
+__all__ = ["Change", "changes", "newly_failed", "newly_left_out", "versions_changed"]
 
 # What makes a case the same problem in two files, kernels' or models'.
 _PROBLEM = (
     "grid", "tile", "q_tiles", "prefix", "batch", "heads", "kv_heads", "head_dim", "dtype", "transformer", "config",
 )  # fmt: skip
+# What makes two machines one; what only one file knows is not compared.
+_MACHINE = ("device", "processor", "capability", "processors")
+# Plans of one name are the same if they read as many pairs, and neighbours share as much; random numbers may differ
+# from one version of torch to another.
+_PLAN = {"pairs": 0.01, "shared_with_next": 0.03}
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,13 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
         OpenVSAError: the records are of different machines or kinds, call different problems by one name, or have no
             call in common.
     """
-    names = [record["machine"]["device"] for record in (before, after)]
-    if names[0] != names[1]:
-        raise OpenVSAError(
-            f"results of different machines cannot be compared: {names[0]!r} and {names[1]!r}; "
-            "measure both commits on one machine"
-        )
+    for part in _MACHINE:
+        old, new = (record["machine"].get(part) for record in (before, after))
+        if None not in (old, new) and old != new:
+            raise OpenVSAError(
+                f"results of different machines cannot be compared: {old!r} and {new!r}; "
+                "measure both commits on one machine"
+            )
     _check_problems(before, after)
     first, second = _by_key(before), _by_key(after)
     if not first.keys() & second.keys() and not newly_failed(before, after):
@@ -76,11 +82,44 @@ def newly_failed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, lis
     }
 
 
+def newly_left_out(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[str]]:
+    """By case and backend of this package, why something could not run after that was measured before."""
+    earlier, found = _by_key(before), {}
+    for case in after["cases"]:
+        for left in case.get("left_out", ()):
+            if "contender" not in left:  # of a whole model
+                continue
+            passes = ("forward", "backward", "both") if left["pass"] == "all" else ("backward", "both")
+            keys = [
+                (case["name"], op, left["contender"], plan, what)
+                for op in ("attention", "vsa")
+                for plan in left["plans"]
+                for what in passes
+            ]
+            if any(key in earlier and earlier[key][1] for key in keys):
+                found.setdefault(f"{case['name']} {left['contender']}", []).extend(left["reasons"])
+    return found
+
+
+def versions_changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Versions and drivers that differ, in words."""
+    old, new = ({**r["versions"], "driver": r["machine"].get("driver")} for r in (before, after))
+    return [f"{name} {old[name]} before, {new[name]} after" for name in old if name in new and old[name] != new[name]]
+
+
 def _check_problems(before: dict[str, Any], after: dict[str, Any]) -> None:
     earlier = {case["name"]: case for case in before["cases"]}
     for case in after["cases"]:
         old = earlier.get(case["name"], {})
         other = [part for part in _PROBLEM if part in old and part in case and old[part] != case[part]]
+        for name, plan in case.get("plans", {}).items():
+            was = old.get("plans", {}).get(name, plan)
+            for part, share in _PLAN.items():
+                if part in plan and part in was and abs(plan[part] - was[part]) > share * max(abs(was[part]), 1):
+                    raise OpenVSAError(
+                        f"the plan {name!r} of {case['name']!r} is not one problem in both runs: "
+                        f"{part} {was[part]:g} and {plan[part]:g}; measure it again"
+                    )
         if other:
             parts = ", ".join(f"{part} {old[part]} and {case[part]}" for part in other)
             raise OpenVSAError(f"the case {case['name']!r} is not one problem in both runs: {parts}; measure it again")

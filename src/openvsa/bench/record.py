@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,16 @@ def commit() -> str | None:
 
 
 def result_path(folder: Path, record: dict[str, Any]) -> Path:
-    """The file of a run, named by kind, machine and date; the folder is made now, before there are results to lose.
+    """The file of a run, named by kind, machine and date; the folder is made and tried now, before there are results to
+    lose.
 
     Raises:
-        OpenVSAError: there cannot be such a folder.
+        OpenVSAError: there cannot be such a folder, or no file in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OpenVSAError(
             f"no results can be written to the folder {str(folder)!r} ({error}); choose another"
@@ -76,17 +80,24 @@ def result_path(folder: Path, record: dict[str, Any]) -> Path:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write the record so that the file is never half of one."""
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    """Write the record so that the file is never half of one.
+
+    Raises:
+        OpenVSAError: it cannot be written, to a full disk for one.
+    """
+    partial, text = path.with_suffix(".part"), json.dumps(record, indent=1) + "\n"
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OpenVSAError(f"the results cannot be written to {str(path)!r} ({error}); choose another folder") from None
 
 
 def load(path: Path, *schemas: str) -> dict[str, Any]:
     """Read a result file, of kernels unless other `schemas` are named.
 
     Raises:
-        OpenVSAError: it is missing, no JSON, of another schema, or lacks a part.
+        OpenVSAError: it is missing, no JSON, of another schema, or lacks a part or a time.
     """
     schemas = schemas or (SCHEMA,)
     try:
@@ -100,6 +111,15 @@ def load(path: Path, *schemas: str) -> dict[str, Any]:
     lacking = [part for part in _PARTS if part not in record]
     if lacking:
         raise OpenVSAError(f"{str(path)!r} is no whole result file, it lacks {', '.join(lacking)}; measure again")
+    try:
+        times = [row["ms"] for case in record["cases"] if case["name"] and "passed" in case for row in case["rows"]]
+        whole = bool(record["machine"]["device"]) and all(time > 0 for time in times)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise OpenVSAError(
+            f"{str(path)!r} is no whole result file: a machine, case, row or time is missing; measure again"
+        )
     return record
 
 
@@ -107,6 +127,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {
             "device": f"CPU {platform.machine()} {torch.get_num_threads()} threads",
+            "processor": _processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "driver": None,
         }
@@ -123,6 +144,16 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "memory_bytes": gpu.total_memory,
         "driver": driver,
     }
+
+
+def _processor() -> str | None:
+    """The model of the CPU; two of one architecture may differ in speed."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or None
 
 
 def _versions(device: torch.device) -> dict[str, str | None]:

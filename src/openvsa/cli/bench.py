@@ -11,7 +11,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from openvsa.bench.cases import CASES, SUITES, Case, find_cases
-from openvsa.bench.compare import changes, newly_failed
+from openvsa.bench.compare import changes, newly_failed, newly_left_out, versions_changed
 from openvsa.bench.contenders import Contender, contenders, default_contenders, find_contenders
 from openvsa.bench.record import MODEL_SCHEMA, SCHEMA, load
 from openvsa.bench.record import commit as this_commit
@@ -87,7 +87,7 @@ def print_end(record: dict[str, Any], path: Path | None, console: Console) -> No
 
 def compare_files(before: Path, after: Path, threshold: float, console: Console | None = None) -> int:
     """Print what changed by more than `threshold`; the exit status: 1 if something of ours got slower by more, or fails
-    its correctness gate that did not before.
+    its correctness gate or cannot run that did before.
 
     Raises:
         OpenVSAError: a file cannot be read, or the two cannot be compared.
@@ -98,6 +98,9 @@ def compare_files(before: Path, after: Path, threshold: float, console: Console 
     for path, record in zip((before, after), records, strict=True):
         versions = ", ".join(f"{name} {record['versions'].get(name)}" for name in ("torch", "triton"))
         console.print(f"{path.name}: commit {record['commit']}, {versions}", highlight=False, soft_wrap=True)
+    other = versions_changed(*records)
+    if other:
+        console.print(f"not the package alone has changed: {'; '.join(other)}", highlight=False, soft_wrap=True)
     table = Table("case", "op", "contender", "plan", "pass", "before", "after", "time", "", box=None)
     slower = [change for change in found if change.is_slower(threshold)]
     shown = [c for c in found if c.ratio is not None and abs(c.ratio - 1) > threshold]
@@ -115,13 +118,16 @@ def compare_files(before: Path, after: Path, threshold: float, console: Console 
     failed = newly_failed(*records)
     for case, why in failed.items():
         console.print(f"{case} fails its correctness gate now: {'; '.join(why)}", markup=False, highlight=False)
+    left_out = newly_left_out(*records)
+    for who, why in left_out.items():
+        console.print(f"{who} cannot run now: {'; '.join(why)}", markup=False, highlight=False, soft_wrap=True)
     compared = [change for change in found if change.ratio is not None]
     console.print(
         f"{len(compared)} compared, {len(shown)} changed by more than {threshold:.0%}, {len(slower)} of ours slower; "
         f"{len(found) - len(compared)} are in one file only",
         highlight=False,
     )
-    return 1 if slower or failed else 0
+    return 1 if slower or failed or left_out else 0
 
 
 def list_all(device: str | None, console: Console | None = None) -> None:
