@@ -104,7 +104,7 @@ def load(kind: Any, model: str, device: torch.device) -> Any:
 
     try:
         folder = Path(model) if Path(model).is_dir() else Path(kind.download(model))
-        pipe = kind.from_pretrained(folder, torch_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+        pipe = kind.from_pretrained(folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
     except (OSError, ValueError, ImportError) as error:
         raise OpenVSAError(f"cannot load {model!r}: {error}") from error
     for name in ("transformer", "transformer_2"):

@@ -45,7 +45,7 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu", dtype: torch
         "tokenizer": (PatchTokenizer, torch.float32),
         "shot_tokens": (ShotTokens, torch.float32),
     }.items():
-        part = kind.from_pretrained(folder / name, torch_dtype=runs_in)
+        part = kind.from_pretrained(folder / name, dtype=runs_in)
         parts[name] = part.to(device).eval().requires_grad_(False)
     return ClipPipeline(
         **parts, scenes=bundled_scenes(), frame_size=tuple(facts["frame_size"]), fps=float(facts["fps"])
