@@ -7,34 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from absent_gpu import SHARED_MEMORY, TARGETS, Absent
 from openvsa.ops.backends import triton as triton_kernels
-
-# KiB that one program may have (sm_86 as sm_89): CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability"; for gfx942 the local data share, of the CDNA 3 instruction set manual.
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
-TARGETS = {
-    arch: GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32) for arch in SHARED_MEMORY
-}
-
-
-class Absent:
-    """As much of a GPU's driver as the compiler asks for."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.get_current_target = lambda: target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 @pytest.fixture(params=SHARED_MEMORY)
@@ -84,7 +61,10 @@ def compiled(kernel: str, launch: Any, dtype: torch.dtype, dim: int, mapped: boo
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 128), (torch.float32, 256)],
+)
 def test_by_pointers(arch: int | str, kernel: str, dtype: torch.dtype, dim: int) -> None:
     launch = triton_kernels._BY_POINTERS[kernel][dtype.itemsize, dim]
     assert compiled(kernel, launch, dtype, dim, False).metadata.shared <= SHARED_MEMORY[arch] * 1024

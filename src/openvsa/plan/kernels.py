@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["top_blocks", "transpose_lists"]
 
 MAX_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
+_FUSED: dict[str, Any] = {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not said, and 3.10 takes False
 
 
 @triton.jit(do_not_specialize=["num_q", "num_kv", "width", "keep_first", "first_row"])
@@ -131,7 +132,7 @@ def top_blocks(
     rows = counts.numel()
     if rows:
         block_n = _power_of_2(num_kv)
-        options: dict[str, Any] = {"FORCED": forced is not None, "KEEP_SELF": keep_self, "BLOCK_N": block_n}
+        options = {**_FUSED, "FORCED": forced is not None, "KEEP_SELF": keep_self, "BLOCK_N": block_n}
         options["num_warps"] = min(max(block_n // 1024, 1), 8)
         with torch.cuda.device_of(scores):
             _top_kernel[(rows,)](
@@ -155,9 +156,9 @@ def transpose_lists(counts: Tensor, indices: Tensor, num_kv: int) -> tuple[Tenso
     readers = torch.empty(*lead, num_q * width, dtype=torch.int32, device=counts.device)
     heads = lead.numel()
     block_k, block_r = (min(_power_of_2(n), 1024) for n in (width, num_q))
-    mark: dict[str, Any] = {"BLOCK_K": block_k, "num_warps": max(block_k // 256, 1)}
-    collect: dict[str, Any] = {"BLOCK_R": block_r, "num_warps": max(block_r // 512, 1)}
-    scan: dict[str, Any] = {"BLOCK_C": 1024}
+    mark = {**_FUSED, "BLOCK_K": block_k, "num_warps": max(block_k // 256, 1)}
+    collect = {**_FUSED, "BLOCK_R": block_r, "num_warps": max(block_r // 512, 1)}
+    scan = {**_FUSED, "BLOCK_C": 1024}
     with torch.cuda.device_of(counts):
         # All in the first dimension of the grid: the others end at 65,535.
         _mark_kernel[(num_q * heads,)](counts, indices, table, num_q, num_kv, width, words, **mark)
