@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,11 @@ from openvsa.config import machine_fact, triton_interpret
         ({"top_k": 2, "min_blocks": 1.5}, r"min_blocks must be a whole number of blocks >= 1, got 1\.5"),
         ({"top_k": 2, "min_blocks": 5, "max_blocks": 4}, "got min_blocks=5 and max_blocks=4"),
         ({"top_k": 2, "keep_first": -1}, "keep_first must be a whole number of blocks >= 0, got -1"),
+        ({"top_k": 2, "keep_first": None}, "keep_first must be a whole number of blocks >= 0, got None"),
+        ({"top_k": 2, "min_blocks": None}, "min_blocks must be a whole number of blocks >= 1, got None"),
+        ({"top_k": "3"}, "top_k must be a whole number of blocks >= 1, got '3'"),
+        ({"top_k": 2, "keep_self": "no"}, "keep_self must be True or False, got 'no'"),
+        ({"keep_ratio": np.float32(0.5)}, r"an int or a float, got np\.float32\(0\.5\)"),
     ],
 )
 def test_malformed_budgets_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -55,6 +61,14 @@ def test_malformed_budgets_are_refused(settings: dict[str, Any], message: str) -
 )
 def test_how_many_blocks(budget: Budget, blocks: int, kept: int) -> None:
     assert budget.blocks(blocks) == kept
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    """Files of settings hold no others."""
+    budget = Budget(top_k=np.int64(3), min_blocks=np.int32(2), keep_first=np.uint8(1))
+    assert budget == Budget(top_k=3, min_blocks=2, keep_first=1)
+    assert [type(x) for x in (budget.top_k, budget.min_blocks, budget.keep_first)] == [int] * 3
+    assert type(Budget(keep_ratio=np.float64(0.5)).keep_ratio) is float
 
 
 def test_budgets_are_values() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,13 +53,25 @@ class Budget:
             if share is None:
                 continue
             if not isinstance(share, int | float) or isinstance(share, bool):
-                raise BudgetError(f"{name} must be a number in (0, 1], got {share!r}")
+                raise BudgetError(f"{name} must be a number in (0, 1], an int or a float, got {share!r}")
             if not 0 < share <= 1:
                 raise BudgetError(f"{name} must be in (0, 1], got {share}; 1 keeps everything")
+            if type(share) not in (int, float):  # NumPy's double is a float, which files of settings cannot hold
+                object.__setattr__(self, name, float(share))
         for name, least in (("top_k", 1), ("min_blocks", 1), ("max_blocks", 1), ("keep_first", 0)):
             count = getattr(self, name)
-            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
-                raise BudgetError(f"{name} must be a whole number of blocks >= {least}, got {count}")
+            if count is None and name in ("top_k", "max_blocks"):
+                continue
+            try:
+                whole = least - 1 if isinstance(count, bool) else operator.index(count)  # pyright: ignore
+            except TypeError:
+                whole = least - 1
+            if whole < least:
+                raise BudgetError(f"{name} must be a whole number of blocks >= {least}, got {count!r}")
+            if type(count) is not int:
+                object.__setattr__(self, name, whole)
+        if not isinstance(self.keep_self, bool):
+            raise BudgetError(f"keep_self must be True or False, got {self.keep_self!r}")
         if self.max_blocks is not None and self.max_blocks < self.min_blocks:
             raise BudgetError(
                 f"blocks must satisfy min_blocks <= max_blocks, got min_blocks={self.min_blocks} "

@@ -116,6 +116,17 @@ def test_dtypes_and_devices_that_do_not_fit_are_refused() -> None:
         block_sparse_attention(q, k, v.to("meta"), plan_of())
 
 
+def test_what_is_no_tensor_or_no_scale_is_refused() -> None:
+    q, k, v = qkv()
+    with pytest.raises(ShapeError, match=r"must be plain tensors .*, got Tensor, list, Tensor"):
+        block_sparse_attention(q, k.tolist(), v, plan_of())
+    with pytest.raises(ShapeError, match=r"must be plain tensors .*, got nested Tensor, Tensor, Tensor"):
+        block_sparse_attention(torch.nested.nested_tensor([q[0]]), k, v, plan_of())
+    for scale in (float("nan"), float("inf"), "a", [1.0]):
+        with pytest.raises(ShapeError, match="scale must be a finite number, or None for 1 / sqrt"):
+            block_sparse_attention(q, k, v, plan_of(), scale=scale)  # pyright: ignore
+
+
 def test_plans_that_do_not_fit_are_refused() -> None:
     q, k, v = qkv()
     with pytest.raises(PlanError, match="over 41 query and 42 key tokens, but q has 42 and k has 42"):

@@ -92,3 +92,7 @@ def test_what_does_not_fit_is_refused() -> None:
         merge([(out, lse), (out, lse.transpose(1, 2))])
     with pytest.raises(ShapeError, match=r"got \(3, 2, 4\)"):
         merge([(out[0], lse)])
+    with pytest.raises(ShapeError, match=r"floating outs and lses on one device, got torch\.float32 on meta"):
+        merge([(out, lse), (out.to("meta"), lse)])
+    with pytest.raises(ShapeError, match=r"floating outs and lses on one device, got torch\.int32"):
+        merge([(out.int(), lse)])

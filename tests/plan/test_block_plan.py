@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from helpers import DEVICE, equal_lens, offsets
@@ -226,6 +227,17 @@ def test_the_repr_tells_the_story() -> None:
         "BlockPlan(2 query blocks (5 tokens) read 1 to 2 of 3 key blocks (9 tokens) each; density 0.500, "
         "20 token pairs; batch 1, all heads alike, cpu)"
     )
+
+
+def test_the_repr_of_what_has_no_numbers() -> None:
+    plan = BlockPlan.from_block_mask(torch.eye(2, dtype=torch.bool)[None, None], [0, 2, 5], [0, 1, 3], max_blocks=1)
+    story = "BlockPlan(2 query blocks (5 tokens) read up to 1 of 2 key blocks (3 tokens) each; batch 1, all heads alike"
+    assert repr(plan.to("meta")) == f"{story}, meta)"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert repr(BlockPlan(plan.kv_num_blocks + 0, plan.kv_indices + 0, [0, 2, 5], [0, 1, 3])) == f"{story}, cpu)"
+    empty = BlockPlan.from_block_mask(torch.zeros(0, 1, 2, 2, dtype=torch.bool), [0, 2, 5], [0, 1, 3])
+    assert empty.density == 0
+    assert "density 0.000, 0 token pairs; batch 0" in repr(empty)
 
 
 COUNTS = torch.tensor([[[1, 2]]], dtype=torch.int32)

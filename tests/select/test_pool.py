@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers import DEVICE, offsets
 from openvsa import ShapeError
-from openvsa.layout import BlockOffsets
+from openvsa.layout import BlockOffsets, TileLayout
 from openvsa.select import pool_mean, spread
 
 lens_lists = st.one_of(
@@ -67,3 +67,12 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         pool_mean(torch.zeros(shape), BlockOffsets([2, 4]))
     with pytest.raises(ShapeError, match=r"x must be \[B, 2, H, D\] for BlockOffsets.*got shape \(1, "):
         spread(torch.zeros(shape), BlockOffsets([2, 4]))
+
+
+def test_a_layout_is_not_its_blocks() -> None:
+    layout = TileLayout((2, 3), (2, 2))
+    for pool in (pool_mean, spread):
+        with pytest.raises(ShapeError, match=r"such as layout\.blocks; got Tensor and TileLayout"):
+            pool(torch.zeros(1, 6, 1, 1), layout)
+        with pytest.raises(ShapeError, match="got list and BlockOffsets"):
+            pool([0.0] * 6, layout.blocks)

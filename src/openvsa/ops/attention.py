@@ -13,7 +13,7 @@ from openvsa.ops.capability import Backend, Problem
 from openvsa.ops.registry import backends, choose
 from openvsa.plan import BlockPlan
 
-__all__ = ["attend", "block_sparse_attention", "check_qkv"]
+__all__ = ["attend", "block_sparse_attention", "check_qkv", "scale_of"]
 
 
 @overload
@@ -57,7 +57,7 @@ def block_sparse_attention(
         and lse -inf. Both are differentiable with respect to q, k and v.
 
     Raises:
-        ShapeError: tensors do not fit each other.
+        ShapeError: tensors do not fit each other, or scale is not a finite number.
         PlanError: the plan is over other token counts, batch, heads or device.
         UnsupportedError: no backend (or not the one named) can run it; the message has every reason.
     """
@@ -96,7 +96,7 @@ def attend(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`block_sparse_attention` of tensors and a plan that are known to fit each other."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = scale_of(scale, q.shape[-1])
     if scale <= 0:
         # Kernels look for the largest score, and hide what is past the end of a block, before they scale.
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
@@ -138,8 +138,24 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, name: str) -> Back
     return found
 
 
+def scale_of(scale: float | None, head_dim: int) -> float:
+    """What q·k is multiplied by: `scale`, or 1 / sqrt(head_dim) if it is None."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not -math.inf < value < math.inf:
+        raise ShapeError(f"scale must be a finite number, or None for 1 / sqrt(head_dim), got {scale!r}")
+    return value
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ShapeError unless q [B, Sq, H, D], k [B, Skv, Hkv, D] and v [B, Skv, Hkv, Dv] fit each other."""
+    if not all(isinstance(x, Tensor) and not x.is_nested for x in (q, k, v)):
+        got = ", ".join(("nested " if getattr(x, "is_nested", False) else "") + type(x).__name__ for x in (q, k, v))
+        raise ShapeError(f"q, k and v must be plain tensors [batch, seq, heads, head_dim], got {got}")
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if (
         len(q_shape) == len(k_shape) == len(v_shape) == 4

@@ -21,7 +21,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     computed in fp32; out has the dtype of the parts. Differentiable in every out and lse.
 
     Raises:
-        ShapeError: there is no part, or shapes differ.
+        ShapeError: there is no part, or shapes or devices differ.
     """
     if not parts:
         raise ShapeError("merge needs at least one (out, lse) pair, got none")
@@ -31,6 +31,12 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             raise ShapeError(
                 f"merge needs outs of one shape [B, S, H, D] and lses [B, H, S], got {tuple(out.shape)} and "
                 f"{tuple(lse.shape)} beside {tuple(parts[0][0].shape)} and {tuple(parts[0][1].shape)}"
+            )
+        here = out.device == lse.device == parts[0][0].device
+        if not (here and out.is_floating_point() and lse.is_floating_point()):
+            raise ShapeError(
+                f"merge needs floating outs and lses on one device, got {out.dtype} on {out.device} and {lse.dtype} on "
+                f"{lse.device} beside those on {parts[0][0].device}"
             )
     lses = torch.stack([lse for _, lse in parts])
     top = lses.detach().amax(0)

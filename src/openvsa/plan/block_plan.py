@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from openvsa.config import Budget
 from openvsa.errors import PlanError
@@ -196,7 +197,7 @@ class BlockPlan:
     def density(self) -> float:
         """The share of all (query block, key block) pairs that is computed, in [0, 1]."""
         pairs = int(self.kv_num_blocks.sum(dtype=torch.int64))
-        return pairs / (self.kv_num_blocks.numel() * self.kv_blocks.num_blocks)
+        return pairs / max(1, self.kv_num_blocks.numel() * self.kv_blocks.num_blocks)  # a batch may be empty
 
     @property
     def cost(self) -> int:
@@ -390,13 +391,17 @@ class BlockPlan:
     def __repr__(self) -> str:
         batch, heads, num_q = self.kv_num_blocks.shape
         counts = self.kv_num_blocks
-        low, high = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
-        per_row = f"{low}" if low == high else f"{low} to {high}"
         spread = "all heads alike" if heads == 1 else f"{heads} heads"
+        if counts.device.type == "meta" or isinstance(counts, FakeTensor):  # nobody knows their numbers
+            per_row, kept = f"up to {self.kv_indices.shape[-1]}", ""
+        else:
+            low, high = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
+            per_row = f"{low}" if low == high else f"{low} to {high}"
+            kept = f"density {self.density:.3f}, {self.cost:,} token pairs; "
         return (
             f"BlockPlan({num_q} query blocks ({self.q_blocks.num_tokens} tokens) read {per_row} of "
             f"{self.kv_blocks.num_blocks} key blocks ({self.kv_blocks.num_tokens} tokens) each; "
-            f"density {self.density:.3f}, {self.cost:,} token pairs; batch {batch}, {spread}, {self.device})"
+            f"{kept}batch {batch}, {spread}, {self.device})"
         )
 
     def _planned(self) -> Tensor:

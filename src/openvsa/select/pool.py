@@ -99,6 +99,7 @@ def pool_mean(x: Tensor, blocks: BlockOffsets) -> Tensor:
     Raises:
         ShapeError: x does not have the tokens that `blocks` describe.
     """
+    _check_blocks(x, blocks)
     if x.dim() != 4 or x.shape[1] != blocks.num_tokens:
         raise ShapeError(f"x must be [B, {blocks.num_tokens}, H, D] for {blocks}, got shape {tuple(x.shape)}")
     if has_kernels(x):
@@ -117,9 +118,18 @@ def spread(x: Tensor, blocks: BlockOffsets) -> Tensor:
     Raises:
         ShapeError: x does not have a row for each of `blocks`.
     """
+    _check_blocks(x, blocks)
     if x.dim() != 4 or x.shape[1] != blocks.num_blocks:
         raise ShapeError(f"x must be [B, {blocks.num_blocks}, H, D] for {blocks}, got shape {tuple(x.shape)}")
     return _Spread.apply(x, *_tables(blocks, x.device))
+
+
+def _check_blocks(x: Tensor, blocks: BlockOffsets) -> None:
+    if not isinstance(x, Tensor) or not isinstance(blocks, BlockOffsets):
+        raise ShapeError(
+            f"wanted: a tensor and the BlockOffsets of its tokens, such as layout.blocks; got {type(x).__name__} and "
+            f"{type(blocks).__name__}"
+        )
 
 
 def _tables(blocks: BlockOffsets, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
