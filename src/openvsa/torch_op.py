@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from openvsa.errors import UnsupportedError
 
-__all__ = ["torch_op"]
+__all__ = ["is_transformed", "torch_op"]
 
 _LIBRARY = torch.library.Library("openvsa", "FRAGMENT")
 
@@ -84,6 +84,11 @@ def torch_op(
     return call
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work. They know PyTorch's own operators alone."""
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
 def _refuse(qualified: str, what: str, instead: str) -> NoReturn:
     raise UnsupportedError(f"the operator {qualified} {what}; {instead}", {})
 
@@ -105,8 +110,7 @@ def _has_tangent(args: tuple[Any, ...]) -> bool:
 def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether someone wants to see the operator: a mode (checkpointing by operator, fakes, ...), a transform such as
     vmap, forward-mode differentiation, or a tensor of another class."""
-    watched = torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0
-    if watched or peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or is_transformed():
         return True
     for x in args:  # noqa: SIM110 - a generator takes longer, and this runs in every call
         if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter:

@@ -93,7 +93,7 @@ def test_list_scenes_makes_nothing(openvsa_command: Callable, received: dict[str
 
 def test_train_takes_every_option(openvsa_command: Callable, received: dict[str, Any]) -> None:
     options = "--preset miniature --film f.mp4 --steps 7 --checkpoint c.safetensors --resume --device cpu --out there"
-    outcome = openvsa_command("train", *options.split())
+    outcome = openvsa_command("train", *options.split(), "--seed", "5")
     assert outcome.status == 0
     assert outcome.out.splitlines() == [
         "loss on held-out shots at density 0.25: 1.0000 -> 0.5000",
@@ -102,7 +102,7 @@ def test_train_takes_every_option(openvsa_command: Callable, received: dict[str,
     config = received["config"]
     assert config.num_layers == train.preset("miniature", out=Path("x"), steps=1).num_layers
     assert (config.film, config.steps, config.minutes) == (Path("f.mp4"), 7, None)
-    assert (config.checkpoint, config.resume) == (Path("c.safetensors"), True)
+    assert (config.checkpoint, config.resume, config.seed) == (Path("c.safetensors"), True, 5)
     assert (config.device, config.out) == ("cpu", Path("there"))
 
 
@@ -119,6 +119,7 @@ def test_the_recipe_has_a_length_of_its_own(openvsa_command: Callable, received:
         ("--steps 0", "longer than nothing"),
         ("--preset huge --steps 1", "there is no preset 'huge'"),
         ("--steps 1 --resume", "give the file of its checkpoint"),
+        ("--seed -1", "seed must be in [0, 2**63), got -1"),
     ],
 )
 def test_train_refuses_before_any_work(

@@ -23,9 +23,9 @@ from torch.nn import functional
 
 import openvsa
 from openvsa import SparsityConfig
-from openvsa.integrations import layouts
 from openvsa.integrations.intercept import Interception
 from openvsa.integrations.report import AttentionEvent
+from openvsa.layout import shelf
 from tiny_wan import run, text, tiny_wan
 
 
@@ -89,7 +89,7 @@ def test_a_whole_model_whose_first_forward_is_compiled(dynamic: bool | None) -> 
     whole = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
     with attach(twin):
         eager = [run(twin, grid=grid) for grid in grids]
-    layouts._NAMES.clear()
+    shelf._NAMES.clear()
     with attach(whole):
         for grid, expected in zip(grids, eager, strict=True):
             torch.testing.assert_close(run(whole, grid=grid), expected)

@@ -193,6 +193,8 @@ def test_layouts_are_values() -> None:
         (((4, 4), (2, 2), 0, 0, (0, 1)), r"q_tiles must be a tuple of positive integers.*\(0, 1\)"),
         (((4, 4), (2, 2), -1), "prefix must be a number of tokens >= 0, got -1"),
         (((4, 4), (2, 2), 0, 1.5), r"suffix must be a number of tokens >= 0, got 1\.5"),
+        (((True, 4), (2, 2)), r"grid must be a tuple of positive integers.*\(True, 4\)"),
+        (((4, 4), (2, 2), True), "prefix must be a number of tokens >= 0, got True"),
     ],
 )
 def test_malformed_layouts_are_refused(arguments: tuple, message: str) -> None:
@@ -209,6 +211,11 @@ def test_a_tensor_of_another_lattice_is_refused() -> None:
             reorder(torch.zeros(1, 60, 8))
         with pytest.raises(ShapeError, match=r"dim 5 does not exist in a tensor of shape \(1, 67\)"):
             reorder(torch.zeros(1, 67), dim=5)
+        with pytest.raises(ShapeError, match=r"dim 1\.0 does not exist in a tensor of shape \(1, 67\)"):
+            reorder(torch.zeros(1, 67), dim=1.0)
+        for wrong, got in (([0] * 67, "list"), (torch.nested.nested_tensor([torch.zeros(67)] * 2), "a nested tensor")):
+            with pytest.raises(ShapeError, match=f"must be a plain tensor, got {got}"):
+                reorder(wrong)
     assert issubclass(ShapeError, OpenVSAError)
     assert issubclass(ShapeError, ValueError)
 
@@ -223,3 +230,13 @@ def test_numbers_may_be_of_numpy_or_torch() -> None:
     layout = TileLayout(torch.tensor([4, 4]), (2, 2), prefix=torch.tensor(3))  # pyright: ignore[reportArgumentType]
     assert layout == TileLayout((4, 4), (2, 2), 3)
     assert type(layout.prefix) is int
+
+
+def test_torch_func_sees_through_a_new_order() -> None:
+    layout = TileLayout((3, 4, 5), (2, 2, 2))
+    x = torch.randn(1, 60, 2, dtype=torch.float64)
+    weight = torch.randn_like(x)
+    grad = torch.func.grad(lambda x: (layout.permute(x) * weight).sum())(x)
+    assert torch.equal(grad, layout.unpermute(weight))
+    _, tangent = torch.func.jvp(layout.permute, (x,), (weight,))
+    assert torch.equal(tangent, layout.permute(weight))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from helpers import DEVICE
 from openvsa import Budget, BudgetError, ShapeError, TileLayout, video_sparse_attention
-from openvsa.nn import VideoSparseAttention, attention
+from openvsa.layout import shelf
+from openvsa.nn import VideoSparseAttention
 
 GRID = (3, 5, 6)
 
@@ -216,8 +217,16 @@ def test_what_does_not_fit_is_refused() -> None:
             VideoSparseAttention(32, 4, num_kv_heads=heads)
     with pytest.raises(ShapeError, match="got dim=32, num_heads=0"):
         VideoSparseAttention(32, 0)
-    with pytest.raises(ShapeError, match=r"x must be hidden states \[B, S, dim\], got shape \(90, 32\)"):
+    with pytest.raises(ShapeError, match=r"x must be hidden states \[B, S, dim\] with dim 32, got shape \(90, 32\)"):
         module()(hidden()[0], GRID)
+    with pytest.raises(ShapeError, match=r"with dim 32, got shape \(2, 90, 16\)"):
+        module()(hidden()[..., :16], GRID)
+    with pytest.raises(ShapeError, match="with dim 32, got list"):
+        module()(hidden().tolist(), GRID)
+    with pytest.raises(ShapeError, match=r"got dim=32\.0, num_heads=4"):
+        VideoSparseAttention(32.0, 4)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BudgetError, match=r"budget must be a Budget such as .*, got 0"):
+        module(budget=0)
     for settings in ({"tile": 4}, {"q_tiles": 4}):
         with pytest.raises(ShapeError, match=r"must be a tuple of positive integers such as .*, got 4"):
             module(**settings)(hidden(), GRID)
@@ -230,11 +239,11 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_a_lattice_has_one_layout_however_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_LAYOUTS", {})
+    monkeypatch.setattr(shelf, "_NAMES", {})
     attn = module()
     for grid in (GRID, list(GRID), torch.tensor(GRID), torch.tensor(GRID), torch.Size(GRID)):
         attn(hidden(), grid)
-    assert len(attention._LAYOUTS) == 1
+    assert len(shelf._NAMES) == 1
 
 
 def test_projections_may_be_wrapped() -> None:

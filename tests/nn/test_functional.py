@@ -309,6 +309,10 @@ def test_what_does_not_fit_is_refused() -> None:
         video_sparse_attention(q, k, v, layout, budget, weight.to("meta"))
     with pytest.raises(ShapeError, match=r"branch_weight must be .* like the output, got 0\.5"):
         video_sparse_attention(q, k, v, layout, budget, 0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ShapeError, match=r"branch_weight must have a floating dtype, got torch\.complex"):
+        video_sparse_attention(q, k, v, layout, budget, torch.complex(weight, weight))
+    with pytest.raises(ShapeError, match=r"scale must be a finite number, or None .*, got nan"):
+        video_sparse_attention(q, k, v, layout, budget, scale=float("nan"))
     with pytest.raises(UnsupportedError, match=r"selector must be an object to call, such as PooledTopK.*got <class"):
         video_sparse_attention(q, k, v, layout, budget, selector=PooledTopK)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ShapeError, match="the 4 heads of q must be a multiple of the 3 heads of k"):
@@ -317,6 +321,22 @@ def test_what_does_not_fit_is_refused() -> None:
         video_sparse_attention(q, k, v, layout, Budget(top_k=1, keep_first=2))
     with pytest.raises(UnsupportedError, match="'flex' cannot"):
         video_sparse_attention(q, k, v, layout, budget, backend="flex")
+
+
+def test_torch_func_is_refused() -> None:
+    q, k, v, weight = make()
+    layout, budget = TileLayout(GRID, TILE), Budget(top_k=3)
+
+    def total(q: Tensor) -> Tensor:
+        return video_sparse_attention(q, k, v, layout, budget, weight).sum()
+
+    refused = pytest.raises(UnsupportedError, match=r"cannot see through video sparse attention; use .*backward")
+    with refused:
+        torch.func.grad(total)(q)
+    with refused:
+        torch.func.jvp(total, (q,), (q,))
+    with refused:
+        torch.func.vmap(total)(q[None])
 
 
 @pytest.mark.parametrize("layout", [GRID, None, TileLayout])

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from openvsa import BlockPlan, Budget, TileLayout, block_sparse_attention, video_sparse_attention
+from openvsa.layout import shelf
 from openvsa.nn import VideoSparseAttention
-from openvsa.nn import attention as module
 
 GRID, TILE = (3, 4, 5), (2, 2, 2)
 OFFSETS = [0, 3, 5]
@@ -44,7 +44,7 @@ def plans() -> list[BlockPlan]:
 
 def test_fake_tensors_before_and_after_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those who estimate the memory of a model do before they run it."""
-    monkeypatch.setattr(module, "_LAYOUTS", {})
+    monkeypatch.setattr(shelf, "_NAMES", {})
     layout = TileLayout(GRID, TILE, q_tiles=(1, 1, 2))
     attend = VideoSparseAttention(16, 2, tile=TILE)
     expected = attend(torch.ones(1, 60, 16), GRID)
@@ -62,7 +62,7 @@ def test_fake_tensors_before_and_after_real_ones(monkeypatch: pytest.MonkeyPatch
 
 def test_a_default_device_is_no_business_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its programs make models on it, and layouts and plans on the way."""
-    monkeypatch.setattr(module, "_LAYOUTS", {})
+    monkeypatch.setattr(shelf, "_NAMES", {})
     with torch.device("meta"):
         layout = TileLayout(GRID, TILE, prefix=3, q_tiles=(1, 2, 1))
         for tensor in (layout.permutation, layout.block_offsets, layout.blocks.padded_slots(torch.device("cpu"))):

@@ -34,6 +34,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, tmp_path)
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
+def test_a_run_goes_on_with_its_seed(config, tmp_path):
+    whole = run(config(checkpoint=tmp_path / "whole", seed=7))
+    run(config(checkpoint=tmp_path / "parts", seed=7, pause_at=0.5))
+    with pytest.raises(openvsa.OpenVSAError, match="of a run with seed 7, which it goes on with; got 8"):
+        run(config(checkpoint=tmp_path / "parts", seed=8, resume=True))
+    resumed = run(config(checkpoint=tmp_path / "parts", resume=True))
+    assert resumed.last == whole.last
+    assert json.loads((resumed.out / "model" / "manifest.json").read_text())["facts"]["recipe"]["seed"] == 7
+    assert run(config()).last != whole.last
+
+
 def test_a_run_stops_when_its_minutes_are_over(config):
     result = run(config(steps=None, minutes=0.02))
     assert result.finished

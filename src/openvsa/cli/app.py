@@ -142,6 +142,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="The same in steps; give one of the two.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state of the run in.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the weights and of what is drawn; by default 0, or the checkpoint's.")
+    ] = None,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the model and its loss curve.")] = Path("runs/train"),
 ) -> None:
@@ -153,7 +156,8 @@ def train(
     from openvsa.train import run
 
     length = {name: value for name, value in {"minutes": minutes, "steps": steps}.items() if value is not None}
-    result = run(recipe(preset, film=film, checkpoint=checkpoint, resume=resume, device=device, out=out, **length))
+    settings = {"film": film, "checkpoint": checkpoint, "resume": resume, "seed": seed, "device": device, "out": out}
+    result = run(recipe(preset, **settings, **length))
     for density, loss in result.last["held_out"].items():
         typer.echo(
             f"loss on held-out shots at density {density}: {result.first['held_out'][density]:.4f} -> {loss:.4f}"

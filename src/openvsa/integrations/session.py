@@ -22,12 +22,12 @@ from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, Hoist, Sequence
 from openvsa.integrations.families.base import forward_names
 from openvsa.integrations.intercept import SparseProcessor
-from openvsa.integrations.layouts import kept_layout
 from openvsa.integrations.report import AttentionCallback, AttentionEvent
 from openvsa.integrations.reuse import Kept, KeptPlans
 from openvsa.integrations.steps import StepClock, count_steps
 from openvsa.integrations.tally import Tally
 from openvsa.layout import TileLayout
+from openvsa.layout.shelf import kept_layout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
 from openvsa.select import PooledTopK, Selector, permute_pool_all, select_by_head

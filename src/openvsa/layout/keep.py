@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-__all__ = ["as_computed_here", "build_to_keep", "can_keep", "values_known"]
+__all__ = ["as_computed_here", "build_to_keep", "can_keep", "fakes_are_on", "values_known"]
 
 
 def values_known(x: Tensor) -> bool:
@@ -22,7 +22,7 @@ def values_known(x: Tensor) -> bool:
 
 def build_to_keep(build: Callable[[], Tensor]) -> Tensor:
     """The tensor on the CPU that `build` makes, fit for any use: training, too."""
-    if torch.compiler.is_compiling():  # Dynamo has modes of its own
+    if torch.compiler.is_dynamo_compiling():  # it has modes of its own
         with torch.inference_mode(False):
             return build()
     with torch.inference_mode(False), unset_fake_temporarily():
@@ -30,8 +30,14 @@ def build_to_keep(build: Callable[[], Tensor]) -> Tensor:
 
 
 def can_keep(x: Tensor) -> bool:
-    """Whether a copy on another device may be kept for later calls."""
-    return not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    """Whether a copy on another device may be kept for later calls: not one that Dynamo traces, which is made in every
+    call. What Dynamo calls while it traces (see `config.machine_fact`) makes copies like any other code."""
+    return not torch.compiler.is_dynamo_compiling() and not isinstance(x, FakeTensor)
+
+
+def fakes_are_on() -> bool:
+    """Whether what is computed now has no values: inside FakeTensorMode."""
+    return bool(torch._C._len_torch_dispatch_stack()) and active_fake_mode() is not None
 
 
 def as_computed_here(x: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from openvsa.layout.fit import best_tile
 from openvsa.layout.keep import as_computed_here, build_to_keep, can_keep
 from openvsa.layout.offsets import BlockOffsets
 from openvsa.layout.reorder import from_blocks, to_blocks
+from openvsa.torch_op import is_transformed
 
-__all__ = ["TileLayout", "check_layout", "sides"]
+__all__ = ["TileLayout", "check_layout", "sides", "whole"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class TileLayout:
         if len(q_tiles) != len(tile):
             raise ShapeError(f"q_tiles must have one number per axis, got q_tiles={q_tiles} for tile={tile}")
         for name in ("prefix", "suffix"):
-            object.__setattr__(self, name, _count(name, getattr(self, name), 0))
+            object.__setattr__(self, name, whole(name, getattr(self, name), 0))
         tile = tuple(min(t, g) for t, g in zip(tile, grid, strict=True))
         tile_grid = tuple(-(-g // t) for g, t in zip(grid, tile, strict=True))
         q_tiles = tuple(min(n, along) for n, along in zip(q_tiles, tile_grid, strict=True))
@@ -128,7 +129,7 @@ class TileLayout:
         Raises:
             ShapeError: `grid` or `max_block` is not positive, or as for the class.
         """
-        return cls(grid, best_tile(sides("grid", grid), _count("max_block", max_block, 1)), prefix, suffix, q_tiles)
+        return cls(grid, best_tile(sides("grid", grid), whole("max_block", max_block, 1)), prefix, suffix, q_tiles)
 
     @property
     def num_blocks(self) -> int:
@@ -200,8 +201,11 @@ class TileLayout:
             )
 
     def _reorder(self, x: Tensor, dim: int, *, inverse: bool) -> Tensor:
-        if not -x.dim() <= dim < x.dim():
-            raise ShapeError(f"dim {dim} does not exist in a tensor of shape {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.is_nested:
+            what = "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
+            raise ShapeError(f"what is put in another order must be a plain tensor, got {what}")
+        if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+            raise ShapeError(f"dim {dim!r} does not exist in a tensor of shape {tuple(x.shape)}")
         self.check(f"dimension {dim} of a tensor of shape {tuple(x.shape)}", x.shape[dim])
         if x.dim() == 4 and dim % 4 == 1 and has_kernels(x):
             index, offsets = self.index_on(x.device), self.blocks.on(x.device)
@@ -209,6 +213,8 @@ class TileLayout:
                 return from_blocks(x, None, None, None, index, offsets, self.blocks.max_len, 0)
             return to_blocks(x, index, offsets, self.blocks.max_len, True, False)[0]
         there, back = self._index(x.device, inverse=inverse), self._index(x.device, inverse=not inverse)
+        if not torch.compiler.is_compiling() and is_transformed():
+            return x.index_select(dim, there)
         return _Reorder.apply(x, dim, there, back)
 
     def index_on(self, device: torch.device) -> Tensor:
@@ -278,22 +284,23 @@ def check_layout(layout: object) -> None:
         )
 
 
-def _count(name: str, count: object, least: int) -> int:
+def whole(name: str, count: object, least: int) -> int:
+    """A number of tokens as an integer; `name` says in the error which it is."""
     try:
-        whole = operator.index(count)  # pyright: ignore[reportArgumentType]
+        value = least - 1 if isinstance(count, bool) else operator.index(count)  # pyright: ignore[reportArgumentType]
     except TypeError:
-        whole = least - 1
-    if whole < least:
+        value = least - 1
+    if value < least:
         raise ShapeError(f"{name} must be a number of tokens >= {least}, got {count!r}")
-    return whole
+    return value
 
 
 def sides(name: str, given: Iterable[int]) -> tuple[int, ...]:
     """Numbers along each axis as a tuple of integers; `name` says in the error whose they are."""
     try:
-        values = tuple(operator.index(n) for n in given)
+        values = tuple(0 if isinstance(n, bool) else operator.index(n) for n in given)
     except TypeError:
-        raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {given!r}") from None
+        values = ()
     if not values or min(values) < 1:
         raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {given!r}")
     return values

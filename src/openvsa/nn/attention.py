@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from openvsa.config import Budget
-from openvsa.errors import ShapeError
+from openvsa.errors import BudgetError, ShapeError
 from openvsa.layout import TileLayout
-from openvsa.layout.tile import sides
+from openvsa.layout.shelf import kept_layout
 from openvsa.nn.functional import video_sparse_attention
 from openvsa.select import Selector
 
@@ -41,6 +41,7 @@ class VideoSparseAttention(nn.Module):
 
     Raises:
         ShapeError: dim is not a positive multiple of num_heads, or num_heads of num_kv_heads.
+        BudgetError: budget is no Budget.
     """
 
     def __init__(
@@ -60,11 +61,15 @@ class VideoSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if min(dim, num_heads, num_kv_heads) < 1 or dim % num_heads or num_heads % num_kv_heads:
+        sizes = dim, num_heads, num_kv_heads
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or dim % num_heads or num_heads % num_kv_heads:
             raise ShapeError(
                 f"dim must be a positive multiple of num_heads and num_heads of num_kv_heads, got dim={dim}, "
                 f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
             )
+        if budget is not None and not isinstance(budget, Budget):
+            raise BudgetError(f"budget must be a Budget such as Budget(keep_ratio=0.125), got {budget!r}")
+        self.dim = dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.tile, self.q_tiles = tile, q_tiles
         self.budget = budget or Budget(keep_ratio=0.125)
@@ -94,10 +99,10 @@ class VideoSparseAttention(nn.Module):
         self, grid: tuple[int, ...], prefix: int = 0, suffix: int = 0, device: torch.device | str = "cpu"
     ) -> TileLayout:
         """The layout this module uses for a lattice, its index tensors copied to `device` ahead of use."""
-        # The same key however the numbers are given: tensors would each be one of their own.
-        tile = self.tile if isinstance(self.tile, str) else sides("tile", self.tile)
-        q_tiles = sides("q_tiles", self.q_tiles) if self.q_tiles else ()
-        return _layout(sides("grid", grid), tile, prefix, suffix, q_tiles, torch.device(device))
+        if isinstance(self.tile, str) and self.tile != "fit":
+            raise ShapeError(f"tile must be a tuple of sides or 'fit', got {self.tile!r}")
+        tile = None if isinstance(self.tile, str) else self.tile
+        return kept_layout(grid, tile, self.q_tiles, prefix, suffix, torch.device(device))
 
     def forward(
         self, x: Tensor, grid: tuple[int, ...], rope: Rope | None = None, *, prefix: int = 0, suffix: int = 0
@@ -116,8 +121,9 @@ class VideoSparseAttention(nn.Module):
         Raises:
             ShapeError: x is not [B, S, dim], or S does not match the lattice.
         """
-        if x.dim() != 3:
-            raise ShapeError(f"x must be hidden states [B, S, dim], got shape {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.dim:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ShapeError(f"x must be hidden states [B, S, dim] with dim {self.dim}, got {got}")
         layout = self.layout(grid, prefix, suffix, x.device)
         layout.check("x", x.shape[1])
         q = self.norm_q(self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim)))
@@ -145,29 +151,3 @@ class VideoSparseAttention(nn.Module):
         return (
             f"{heads} of {self.head_dim}, {tiles}, keeps {keeps}, {branch} compressed branch, backend={self.backend!r}"
         )
-
-
-# A dict and not lru_cache, because Dynamo sees a dict's entries and looks through lru_cache.
-_LAYOUTS: dict[tuple[object, ...], TileLayout] = {}
-
-
-def _layout(
-    grid: tuple[int, ...],
-    tile: tuple[int, ...] | str,
-    prefix: int,
-    suffix: int,
-    q_tiles: tuple[int, ...],
-    device: torch.device,
-) -> TileLayout:
-    key = (grid, tile, prefix, suffix, q_tiles, device)
-    found = _LAYOUTS.get(key)
-    if found is None:
-        if tile == "fit":
-            found = TileLayout.fit(grid, prefix=prefix, suffix=suffix, q_tiles=q_tiles)
-        elif isinstance(tile, str):
-            raise ShapeError(f"tile must be a tuple of sides or 'fit', got {tile!r}")
-        else:
-            found = TileLayout(grid, tile, prefix, suffix, q_tiles)
-        if not torch.compiler.is_compiling():
-            _LAYOUTS[key] = found.on(device)
-    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -13,10 +11,11 @@ from openvsa.errors import ShapeError, UnsupportedError
 from openvsa.layout import TileLayout
 from openvsa.layout.tile import check_layout
 from openvsa.ops import block_sparse_attention
-from openvsa.ops.attention import attend, check_qkv
+from openvsa.ops.attention import attend, check_qkv, scale_of
 from openvsa.plan.rank import row_chunks
 from openvsa.select import PooledTopK, Selector, permute_pool_all, pooled_scores, unpermute_add, weighted_product
 from openvsa.select.pooled import product
+from openvsa.torch_op import is_transformed
 
 __all__ = ["compressed_attention", "video_sparse_attention"]
 
@@ -55,17 +54,22 @@ def video_sparse_attention(
         [B, S, H, D] in raster order, in the dtype of q.
 
     Raises:
-        ShapeError: tensors do not fit each other or the layout.
+        ShapeError: tensors do not fit each other or the layout, or scale is not a finite number.
         BudgetError: the budget cannot hold the blocks it must always keep.
         UnsupportedError: no backend (or not the one named) can run it.
     """
     check_qkv(q, k, v)
     check_layout(layout)
+    if not torch.compiler.is_compiling() and is_transformed():
+        raise UnsupportedError(
+            "torch.func and forward-mode differentiation cannot see through video sparse attention; use "
+            "torch.autograd.grad or .backward()", {},
+        )  # fmt: skip
     layout.check("q", q.shape[1])
     layout.check("k", k.shape[1])
     if branch_weight is not None:
         _check_weight(branch_weight, (*q.shape[:3], v.shape[3]), q.device)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = scale_of(scale, q.shape[-1])
     same_scale = selector is None
     selector = PooledTopK(scale) if selector is None else selector
     ours = type(selector) is PooledTopK
@@ -123,6 +127,8 @@ def _check_weight(weight: Tensor, shape: tuple[int, ...], device: torch.device) 
     if not isinstance(weight, Tensor) or weight.shape != shape or weight.device != device:
         got = f"{tuple(weight.shape)} on {weight.device}" if isinstance(weight, Tensor) else repr(weight)
         raise ShapeError(f"branch_weight must be [B, S, H, D] = {shape} on {device} like the output, got {got}")
+    if not weight.is_floating_point():
+        raise ShapeError(f"branch_weight must have a floating dtype, got {weight.dtype}")
 
 
 def _chunks(q_pooled: Tensor, k_pooled: Tensor) -> list[tuple[int, int]]:

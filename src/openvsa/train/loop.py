@@ -74,7 +74,7 @@ def run(config: TrainConfig) -> TrainResult:
     tokenizer.to(config.device)
     state = TrainState(config)
     if config.resume and config.checkpoint is not None:
-        state.load(config.checkpoint)
+        state.load(config.checkpoint, config.seed)
     try:
         curve = _train(config, state, clips, tokenizer)
     except OSError as error:  # a full disk, say
@@ -255,7 +255,10 @@ def _export(
         "device": torch.cuda.get_device_name(config.device) if state.dtype == torch.bfloat16 else config.device,
         "torch": torch.__version__,
         "evaluation": result.last,
-        "recipe": {name: value for name, value in asdict(config).items() if not isinstance(value, (Path, dict))},
+        "recipe": {
+            **{name: value for name, value in asdict(config).items() if not isinstance(value, (Path, dict))},
+            "seed": state.seed,
+        },
     }
     save_pipeline(pipe, config.out / "model", facts)
     pipe = load_pipeline(config.out / "model", config.device, state.dtype)

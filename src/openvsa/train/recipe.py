@@ -22,6 +22,7 @@ class TrainConfig:
         minutes, steps: how long to train, one of the two. Minutes count the training loop alone.
         pause_at: stop when this share of the run is done, leaving a checkpoint from which `resume` goes on.
         checkpoint: the file of the checkpoint, written at every evaluation and at the end.
+        seed: of the weights that the run begins with and of everything it draws; None is 0, or what a resumed run has.
         device: where to train; "cuda" runs the model in bf16, "cpu" in fp32; the weights are fp32.
         densities: of self-attention; one of them is drawn per step, so that one set of weights serves all.
         drop_shot: the share of clips whose shot the model is not told.
@@ -46,7 +47,7 @@ class TrainConfig:
     resume: bool = False
     device: str = "cpu"
     compile: bool = False
-    seed: int = 0
+    seed: int | None = None
 
     shots: FilmShots = field(default_factory=FilmShots.bundled)
     frame_size: tuple[int, int] = (144, 256)
@@ -91,6 +92,8 @@ class TrainConfig:
         for name in ("batch_size", "warmup_steps", "log_every", "evaluate_every", "evaluation_clips", "sample_steps"):
             if getattr(self, name) < 1:
                 raise OpenVSAError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise OpenVSAError(f"seed must be in [0, 2**63), got {self.seed}")
         if self.checkpoint is None and (self.resume or self.pause_at < 1):
             raise OpenVSAError("to pause or resume a run, give the file of its checkpoint")
 

@@ -22,21 +22,22 @@ __all__ = ["TrainState"]
 
 
 class TrainState:
-    """Weights, averaged weights, optimizers, random generators, steps done and seconds spent.
+    """Weights, averaged weights, optimizers, random generators and their seed, steps done and seconds spent.
 
     Weights are fp32. What runs is `worker`, a copy in the precision of the device (bf16 on a GPU) that `lend` fills.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        torch.manual_seed(config.seed)
+        self.seed = config.seed or 0
+        torch.manual_seed(self.seed)
         self.model = _new_model(config).to(config.device)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
         self.dtype = torch.bfloat16 if torch.device(config.device).type == "cuda" else torch.float32
         self.worker = copy.deepcopy(self.model).to(self.dtype)
         self.optimizers = _new_optimizers(self.model, config)
         # Small draws are made on the CPU and never wait for the device; noise is drawn where it is used.
-        self.draws = torch.Generator().manual_seed(config.seed)
-        self.noise = torch.Generator(config.device).manual_seed(config.seed + 1)
+        self.draws = torch.Generator().manual_seed(self.seed)
+        self.noise = torch.Generator(config.device).manual_seed(self.seed + 1)
         self.step = 0
         self.seconds = 0.0
 
@@ -66,7 +67,7 @@ class TrainState:
     def save(self, path: Path) -> None:
         """Writes the checkpoint, whole or not at all. Raises `OpenVSAError` when it cannot."""
         temporary = path.with_name(f".{path.name}.part")
-        metadata = {"state": json.dumps({"step": self.step, "seconds": self.seconds})}
+        metadata = {"state": json.dumps({"step": self.step, "seconds": self.seconds, "seed": self.seed})}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: t.contiguous() for name, t in self._tensors().items()}, temporary, metadata)
@@ -79,14 +80,21 @@ class TrainState:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def load(self, path: Path) -> None:
-        """Goes on where the run that wrote the checkpoint stopped. Raises `OpenVSAError` when it cannot."""
+    def load(self, path: Path, seed_asked: int | None = None) -> None:
+        """Goes on where the run that wrote the checkpoint stopped, with its seed. Raises `OpenVSAError` when it cannot,
+        or another seed is asked for."""
         try:
             with safe_open(path, framework="pt") as file:
                 counters = json.loads(file.metadata()["state"])
+                step, seconds, seed = (counters[name] for name in ("step", "seconds", "seed"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise OpenVSAError(f"cannot read the checkpoint {str(path)!r}: {error}") from None
+        if seed_asked not in (None, seed):
+            raise OpenVSAError(
+                f"the checkpoint {str(path)!r} is of a run with seed {seed}, which it goes on with; got {seed_asked}: "
+                "leave the seed out, or begin another run"
+            )
         try:
             self.model.load_state_dict(_below("model.", tensors))
             self.ema.load_state_dict(_below("ema.", tensors))
@@ -100,7 +108,7 @@ class TrainState:
             optimizer.load_state_dict(content)
         self.draws.set_state(tensors["generator.draws"])
         self.noise.set_state(tensors["generator.noise"])
-        self.step, self.seconds = counters["step"], counters["seconds"]
+        self.step, self.seconds, self.seed = step, seconds, seed
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
