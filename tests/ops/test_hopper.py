@@ -102,6 +102,24 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == "needs cuda-core 1.0 or newer, not 0.3.2 (pip install 'openvsa[hopper]')"
 
 
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ("no libnvrtc.so.13", "NVRTC, which compiles its kernels, cannot be loaded (no libnvrtc.so.13)"),
+        ((13, 12080), "NVRTC is of CUDA 13 and the driver of CUDA 12.8; update the driver, or pip install"),
+    ],
+)
+def test_a_compiler_that_does_not_fit_the_driver_is_a_reason(
+    found: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no fault in the first call: `auto` goes on to the next backend, and `openvsa doctor` says why."""
+    monkeypatch.setattr(registry, "_nvrtc_and_driver", lambda: found)
+    (said,) = reasons(PROBLEM)
+    assert said.startswith(reason)
+    monkeypatch.setattr(registry, "_nvrtc_and_driver", lambda: (12, 13000))
+    assert reasons(PROBLEM) == []
+
+
 def test_the_order_in_which_auto_asks() -> None:
     names = [backend.name for backend in registry.backends()]
     assert names.index("fa4") < names.index("hopper") < names.index("triton") < names.index("reference")

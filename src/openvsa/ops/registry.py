@@ -106,12 +106,46 @@ def _hopper_available(device_type: str) -> list[str]:
     return [f"needs cuda-core {_CUDA_CORE_OLDEST} or newer, not {found} (pip install 'openvsa[hopper]')"] if old else []
 
 
+@cache  # loading it takes a third of a second
+def _nvrtc_and_driver() -> tuple[int, int] | str:
+    """The major version of CUDA that NVRTC is of, and a thousand times that of the driver (0 without a GPU); or why
+    NVRTC cannot be loaded."""
+    try:
+        from cuda.bindings import driver, nvrtc  # pyright: ignore[reportAttributeAccessIssue]
+
+        major = nvrtc.nvrtcVersion()[1]
+        version = driver.cuDriverGetVersion()[1] if torch.cuda.is_available() else 0
+    except Exception as error:  # a missing library is a RuntimeError or an error of cuda-pathfinder
+        return " ".join(str(error).split())[:200]
+    return major, version
+
+
+@config.machine_fact
+def _nvrtc_reasons() -> list[str]:
+    found = _nvrtc_and_driver()
+    if isinstance(found, str):
+        return [
+            f"NVRTC, which compiles its kernels, cannot be loaded ({found}); pip install 'openvsa[hopper]' brings it"
+        ]
+    major, version = found
+    if not version or major <= version // 1000:
+        return []
+    # Code of a later major version is refused by the driver, with words of its own.
+    older = f"{version // 1000}.{version % 1000 // 10}"
+    return [
+        f"NVRTC is of CUDA {major} and the driver of CUDA {older}; update the driver, or "
+        f"pip install 'cuda-core[cu{version // 1000}]'"
+    ]
+
+
 def _hopper_reasons(problem: Problem) -> list[str]:
     reasons = []
     found = problem.capability
     # Number by number: torch.compile in torch 2.11 cannot compare the tuple.
     if problem.device_type == "cuda" and not (found and found[0] == 9 and found[1] == 0):
         reasons.append(f"its kernels are for compute capability 9.0 (H100, H200), not {problem.capability}")
+    elif problem.device_type == "cuda" and not _hopper_available("cuda"):
+        reasons += _nvrtc_reasons()
     if 64 < problem.head_dim < 128:
         reasons.append(f"takes head_dim 64 and 128, not {problem.head_dim}")
     return reasons
