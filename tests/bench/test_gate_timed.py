@@ -27,7 +27,7 @@ def gated(case: Case = LONG) -> list[str]:
     """Why the `cpu` backend does not pass."""
     problem, result = run._Problem(case, CPU), run._nothing_of(case)
     entries = list(run._entries(problem, [contenders()["cpu"]], result))
-    passed = run._gate_timed(problem, entries, result, lambda text: None)
+    passed = run._gate_timed(problem, entries, {}, result, lambda text: None)
     assert bool(result["failed"]) == (len(passed) < len(entries))
     return [failure["why"] for failure in result["failed"]]
 
@@ -95,6 +95,29 @@ def test_a_wrong_gradient_of_the_weight_is_stopped(monkeypatch: pytest.MonkeyPat
     whys = gated()
     assert whys
     assert all(why.startswith("whole op: dw: ") for why in whys)
+
+
+def test_who_errs_in_later_calls_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is checked again after it was timed."""
+    right, timed = cpu.forward, []
+
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = right(*arguments)
+        return out * (1.05 if timed else 1), lse
+
+    def time_interleaved(*arguments: Any) -> dict[Any, Any]:
+        found = measure(*arguments)
+        timed.append(True)
+        return found
+
+    measure = run.time_interleaved
+    monkeypatch.setattr(cpu, "forward", forward)
+    monkeypatch.setattr(run, "time_interleaved", time_interleaved)
+    found = run.measure_case(SMALL, [contenders()["cpu"]], CPU, 0.01, lambda text: None)
+    assert not found["passed"]
+    assert found["rows"] == []
+    whys = [failure["why"] for failure in found["failed"]]
+    assert any(why.startswith("after timing: cpu on random 1/4: out: ") for why in whys)
 
 
 def test_a_selector_that_keeps_the_worst_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
