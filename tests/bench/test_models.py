@@ -21,6 +21,7 @@ from openvsa.bench.model_run import ModelOptions, measure_model, run_models
 from openvsa.bench.peers import missing
 from openvsa.bench.record import MODEL_SCHEMA, load
 from openvsa.errors import OpenVSAError
+from openvsa.integrations.config import SparsityConfig
 
 CPU = torch.device("cpu")
 QUICK = ModelOptions(densities=(0.5, 0.25), case_seconds=0.1)
@@ -110,6 +111,25 @@ def test_a_family_is_measured(name: str) -> None:
     assert {row["variant"] for row in found["rows"] if row["mode"] == "kernel"} == {"density 0.5", "density 0.25"}
 
 
+@pytest.mark.parametrize("name", ["wan", "kandinsky5"])  # with hoisted permutation, and without
+def test_query_blocks_of_several_tiles(name: str) -> None:
+    found, alone = (
+        measure_model(TINY[name], CPU, replace(QUICK, densities=(0.25,), q_tiles=tiles), lambda text: None)
+        for tiles in ((1, 2, 1), ())
+    )
+    assert found["passed"], found["failed"]
+    assert found["q_tiles"] == [1, 2, 1]
+    assert "q_tiles" not in alone
+    assert found["gate"]["density 0.25"] != alone["gate"]["density 0.25"]
+    assert {row["variant"] for row in found["rows"] if row["mode"] == "kernel"} == {"density 0.25"}
+
+
+def test_q_tiles_for_another_lattice_are_refused_at_once() -> None:
+    options = replace(QUICK, q_tiles=(1, 2))
+    with pytest.raises(OpenVSAError, match=r"an entry for each axis of tiny-wan \(3x10x12\), got 1x2"):
+        run_models([TINY["wan"]], CPU, options, out=None, command="", commit=None)
+
+
 def test_compiled_and_profiled() -> None:
     options = replace(QUICK, densities=(0.25,), modes=("eager", "compiled"), profile=True)
     found = measure_model(TINY["wan"], CPU, options, lambda text: None)
@@ -124,8 +144,8 @@ def test_compiled_and_profiled() -> None:
 def test_full_plans_that_differ_from_dense_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     sparsify = model_run.sparsify
 
-    def half(model: Any, density: float, **settings: Any) -> Any:
-        return sparsify(model, density / 2, **settings)
+    def half(model: Any, *, config: SparsityConfig, **settings: Any) -> Any:
+        return sparsify(model, config=replace(config, density=(config.density or 0) / 2), **settings)
 
     monkeypatch.setattr(model_run, "sparsify", half)
     found = measure_model(TINY["wan"], CPU, QUICK, lambda text: None)
@@ -138,8 +158,8 @@ def test_a_model_that_does_not_become_dense_again_is_not_timed(monkeypatch: pyte
     sparsify = model_run.sparsify
 
     @contextmanager
-    def changing(model: Any, density: float, **settings: Any) -> Any:
-        with sparsify(model, density, **settings) as handle:
+    def changing(model: Any, **settings: Any) -> Any:
+        with sparsify(model, **settings) as handle:
             yield handle
         model.proj_out.bias += 1e-3
 

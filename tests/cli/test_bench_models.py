@@ -61,6 +61,8 @@ def test_values_come_with_commas_or_one_by_one(openvsa_command: Callable, monkey
         assert openvsa_command("bench", *models, *words).status == 0
         assert asked[-1]["models"] == ["a", "b", "c"]
         assert asked[-1]["options"] == model_run.ModelOptions(densities=(0.5, 0.25), modes=("eager", "compiled"))
+    assert openvsa_command("bench", "--model", "a", "--q-tiles", "1,2,1").status == 0
+    assert asked[-1]["options"] == model_run.ModelOptions(q_tiles=(1, 2, 1))
     assert openvsa_command("bench", "--model", "a").status == 0
     assert asked[-1]["options"] == model_run.ModelOptions()
 
@@ -80,6 +82,9 @@ def test_models_are_listed(openvsa_command: Callable) -> None:
         (["--model", "tiny-wan", "--density", "2"], "must be in (0, 1], got 2"),
         (["--model", "tiny-wan", "--case", "small"], "--model takes models by name"),
         (["--model", "tiny-wan", "--mode", "fast"], "modes are eager and compiled, got fast"),
+        (["--model", "tiny-wan", "--q-tiles", "1,0,1"], "--q-tiles must be whole numbers from 1 on"),
+        (["--model", "tiny-wan", "--q-tiles", "1,2"], "an entry for each axis of tiny-wan"),
+        (["--q-tiles", "1,2,1"], "--q-tiles: for whole models only"),
         (["--profile"], "--profile: for whole models only"),
         (["--density", "0.5", "--mode", "eager"], "--density, --mode: for whole models only"),
     ],

@@ -20,9 +20,11 @@ from openvsa.bench.record import MODEL_SCHEMA, new_record, result_path, write
 from openvsa.bench.timing import Timing, gpu_clocks, measure, summary, time_interleaved
 from openvsa.config import Budget
 from openvsa.errors import OpenVSAError
+from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.diffusers import observe, sparsify
 from openvsa.integrations.families import family_of
 from openvsa.integrations.report import AttentionEvent
+from openvsa.layout import TileLayout
 from openvsa.ops import block_sparse_attention
 from openvsa.select import PooledTopK
 
@@ -43,12 +45,14 @@ class ModelOptions:
     densities: of the sparse steps, besides dense.
     modes: "eager", "compiled" (the repeated blocks) or both.
     profile: also which kernels the time of the dense and the sparsest step goes to.
+    q_tiles: tiles of a query block of the sparse steps along each axis of the lattice, as in TileLayout.
     case_seconds: how long the timed rounds of one mode may take (there are at least three).
     """
 
     densities: tuple[float, ...] = DENSITIES
     modes: tuple[str, ...] = ("eager",)
     profile: bool = False
+    q_tiles: tuple[int, ...] = ()
     case_seconds: float = 4.0
 
     def __post_init__(self) -> None:
@@ -69,7 +73,15 @@ def run_models(
     on_case: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> tuple[dict[str, Any], Path | None]:
     """Measure models one after the other; the record, written after each, and the path of its file (None without a
-    folder `out`). No further case is started after `seconds`; the record lists what was not run."""
+    folder `out`). No further case is started after `seconds`; the record lists what was not run.
+
+    Raises:
+        OpenVSAError: `q_tiles` has another number of axes than the lattice of a case.
+    """
+    for case in cases:
+        if len(options.q_tiles) not in (0, len(case.grid)):
+            tiles, grid = ("x".join(map(str, sizes)) for sizes in (options.q_tiles, case.grid))
+            raise OpenVSAError(f"q_tiles must have an entry for each axis of {case.name} ({grid}), got {tiles}")
     begin = time.perf_counter()
     record = new_record(device, command, commit, {**asdict(options), "seconds": seconds}, MODEL_SCHEMA)
     path = result_path(out, record) if out is not None else None
@@ -106,8 +118,10 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
 
     stage("random weights")
     model = case.build(device)
-    subject = _Subject(case, model, device, options.densities)
+    subject = _Subject(case, model, device, options)
     result: dict[str, Any] = {"name": case.name, **case.describe(model), "failed": [], "rows": []}
+    if options.q_tiles:
+        result["q_tiles"] = list(options.q_tiles)
     stage("attention alone")
     result["layers"], result["attention"] = _measure_attention(subject, options, result["rows"])
     result["left_out"] = [{"what": f"dense-{name}", "reasons": why} for name, why in subject.without.items()]
@@ -136,8 +150,9 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
 class _Subject:
     """A model, what it is called with, and the ways in which its attention is computed."""
 
-    def __init__(self, case: ModelCase, model: Any, device: torch.device, densities: tuple[float, ...]) -> None:
-        self.case, self.model, self.device, self.densities = case, model, device, densities
+    def __init__(self, case: ModelCase, model: Any, device: torch.device, options: ModelOptions) -> None:
+        self.case, self.model, self.device = case, model, device
+        self.densities, self.q_tiles = options.densities, options.q_tiles
         self.inputs = case.arguments(model, device)
         self.kernels, self.without = dense_kernels(device.type)
         self.dense = next(iter(self.kernels))
@@ -169,7 +184,8 @@ class _Subject:
         """Inside, attention is sparse or, with None, computed by a dense kernel, the chosen one by default."""
         if density is None:
             return DenseBy(self.kernels[kernel or self.dense])
-        return sparsify(self.model, density, measure=False, min_tokens=0)
+        config = SparsityConfig(density=density, q_tiles=self.q_tiles, min_tokens=0)
+        return sparsify(self.model, config=config, measure=False)
 
     def ways(self) -> dict[str, float | None]:
         """What is timed: names and densities, dense first."""
@@ -191,9 +207,12 @@ def _measure_attention(subject: _Subject, options: ModelOptions, rows: list[dict
         handle.on_attention(keep)
         subject.forward()
     [event] = events
-    layout, select = event.layout, PooledTopK()
+    seen, select = event.layout, PooledTopK()
+    layout = TileLayout(seen.grid, seen.tile, seen.prefix, seen.suffix, subject.q_tiles)
     hoisted = family_of(subject.model).hoist(subject.model) is not None
-    q, k, v = (x if hoisted else layout.unpermute(x) for x in (event.q, event.k, event.v))
+    raster = [seen.unpermute(x) for x in (event.q, event.k, event.v)]
+    blocked = [layout.permute(x) for x in raster]
+    q, k, v = blocked if hoisted else raster
     subject.leave_out_what_fails(*(x.transpose(1, 2) for x in (q, k, v)))
 
     def sparse(budget: Budget) -> Tensor:
@@ -207,9 +226,9 @@ def _measure_attention(subject: _Subject, options: ModelOptions, rows: list[dict
     for name, density in subject.ways().items():
         if density is not None:
             budget = Budget(keep_ratio=density)
-            plan = select(event.q, event.k, layout, budget)
+            plan = select(blocked[0], blocked[1], layout, budget)
             calls["attention", name] = partial(sparse, budget)
-            calls["kernel", name] = partial(block_sparse_attention, event.q, event.k, event.v, plan)
+            calls["kernel", name] = partial(block_sparse_attention, *blocked, plan)
     with torch.no_grad():
         for call in calls.values():
             call()

@@ -18,12 +18,14 @@ from openvsa.errors import OpenVSAError, require
 __all__ = ["list_models", "parse_options", "run_bench_models"]
 
 
-def parse_options(densities: list[str] | None, modes: list[str] | None, profile: bool) -> ModelOptions:
+def parse_options(
+    densities: list[str] | None, modes: list[str] | None, profile: bool, q_tiles: list[str] | None
+) -> ModelOptions:
     """From what was typed; None for the default.
 
     Raises:
         BudgetError: a density is out of range.
-        OpenVSAError: it is no number, or there is no such mode.
+        OpenVSAError: it is no number, there is no such mode, or `q_tiles` are no whole numbers from 1 on.
     """
     given: dict[str, Any] = {}
     if densities is not None:
@@ -35,6 +37,11 @@ def parse_options(densities: list[str] | None, modes: list[str] | None, profile:
             Budget(keep_ratio=density)
     if modes is not None:
         given["modes"] = tuple(modes)
+    if q_tiles is not None:
+        if not all(text.isdecimal() and int(text) for text in q_tiles):
+            got = ",".join(q_tiles)
+            raise OpenVSAError(f"--q-tiles must be whole numbers from 1 on with commas between, got {got!r}")
+        given["q_tiles"] = tuple(int(text) for text in q_tiles)
     return ModelOptions(**given, profile=profile)
 
 
@@ -90,6 +97,7 @@ def print_model(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"[bold]{found['name']}[/bold]  {found['note']}; {found['layers']} layers, {found['parameters'] / 1e9:.3g} B "
         f"parameters; {about['tokens']} tokens, tile {'x'.join(map(str, about['tile']))}, {about['tiles']} tiles, "
+        f"{'query blocks of ' + 'x'.join(map(str, found['q_tiles'])) + ' tiles, ' if 'q_tiles' in found else ''}"
         f"H={about['heads']} D={about['head_dim']} {found['dtype']}; {found['seconds']:g} s",
         highlight=False,
     )
