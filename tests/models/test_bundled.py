@@ -6,6 +6,7 @@ import torch
 import openvsa
 from openvsa.models import bundled_scenes, load_pipeline, save_pipeline
 from openvsa.models.scenes import FilmShots, read_image
+from openvsa.models.shots import ShotTokens
 
 
 @pytest.fixture
@@ -26,6 +27,17 @@ def test_saved_and_loaded_it_makes_nearly_the_same_clip(tiny_pipeline, saved):
     clips = [pipe(scene="glide", num_inference_steps=2).float() for pipe in (tiny_pipeline, loaded)]
     # The weights were rounded to bf16 in between.
     assert (clips[0] - clips[1]).abs().mean() < 3
+
+
+def test_a_model_of_few_shots_has_no_scenes_of_others(tiny_pipeline, tmp_path):
+    tiny_pipeline.shot_tokens = ShotTokens(num_rows=7)
+    save_pipeline(tiny_pipeline, tmp_path / "model", {})
+    pipe = load_pipeline(tmp_path / "model")
+    assert [scene.name for scene in pipe.scenes] == ["bird-song", "bunny-wakes", "flight", "caught", "flutter-by"]
+    for scene in pipe.scenes:
+        assert pipe(scene=scene.name, num_inference_steps=1).shape == (4, 16, 32, 3)
+    with pytest.raises(openvsa.OpenVSAError, match="no scene 'squirrels'; choose one of: bird-song, bunny-wakes"):
+        pipe(scene="squirrels")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

@@ -37,7 +37,8 @@ def load_bundled(device: str | torch.device = "cpu", dtype: torch.dtype = torch.
 
 
 def load_pipeline(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ClipPipeline:
-    """A model saved by `save_pipeline`, with the package's scenes. Raises as `load_bundled`."""
+    """A model saved by `save_pipeline`, with those of the package's scenes that its table of shots reaches: a model that was
+    trained on the first shots of the film was never told the others. Raises as `load_bundled`."""
     facts = _verified_manifest(folder)
     parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")}
     for name, (kind, runs_in) in {
@@ -47,9 +48,8 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu", dtype: torch
     }.items():
         part = kind.from_pretrained(folder / name, dtype=runs_in)
         parts[name] = part.to(device).eval().requires_grad_(False)
-    return ClipPipeline(
-        **parts, scenes=bundled_scenes(), frame_size=tuple(facts["frame_size"]), fps=float(facts["fps"])
-    )
+    scenes = [scene for scene in bundled_scenes() if scene.row < parts["shot_tokens"].table.shape[0]]
+    return ClipPipeline(**parts, scenes=scenes, frame_size=tuple(facts["frame_size"]), fps=float(facts["fps"]))
 
 
 def save_pipeline(pipe: ClipPipeline, folder: Path, facts: Mapping[str, Any]) -> None:
