@@ -7,6 +7,7 @@ and is saved with the model. `openvsa.sparsify` uses it wherever it is there.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
 from openvsa.select import PooledTopK, ReleasedVSA, Selector, pool_mean, select_by_head, spread
 
-__all__ = ["LearnedBranch", "add_branch", "check_settings", "load_branch", "remove_branch"]
+__all__ = ["LearnedBranch", "add_branch", "check_settings", "load_branch", "remove_branch", "warn_without_branch"]
 
 
 def add_branch(transformer: Any) -> None:
@@ -132,6 +133,17 @@ def check_settings(config: SparsityConfig, branch: bool) -> None:
         config.selector.check(config.base)
         if config.steps or config.layers:
             raise BudgetError(f"{config.selector} keeps alike in all steps and layers; leave out steps and layers")
+
+
+def warn_without_branch(config: SparsityConfig, layers: list[nn.Module]) -> None:
+    """Tell who asks for the rule of the released weights that a model with these self-attentions has no branch."""
+    if isinstance(config.selector, ReleasedVSA) and not any(hasattr(attn, BRANCH) for attn in layers):
+        warnings.warn(
+            f"{config.selector} is for weights that were trained with VSA, and this model has no branch weights "
+            f"({BRANCH}): only the sparse part is computed. Diffusers leaves them out when it loads a model; "
+            "openvsa.integrations.branch.load_branch puts them in, before sparsify",
+            stacklevel=2,
+        )
 
 
 class LearnedBranch:

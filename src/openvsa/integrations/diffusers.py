@@ -18,7 +18,7 @@ from torch import nn
 
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, OpenVSAError, ShapeError, UnsupportedError
-from openvsa.integrations.branch import LearnedBranch, check_settings
+from openvsa.integrations.branch import LearnedBranch, check_settings, warn_without_branch
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, family_of
 from openvsa.integrations.intercept import SparseProcessor, wrap
@@ -232,6 +232,7 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
             )
         for site in sites:
             site.dense_layers = dense
+            warn_without_branch(config, [attn for attn, _ in site.attentions])
     session.config = config
     session.plans.clear()
 
