@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from openvsa import BlockPlan, Budget, TileLayout, block_sparse_attention, video_sparse_attention
+from openvsa.layout import shelf
 from openvsa.nn import VideoSparseAttention
 
 pytestmark = pytest.mark.gpu
@@ -114,3 +116,21 @@ def test_the_module() -> None:
         return [attn(x, (9, 10, 11))]
 
     replays_equal_eager([x], run)
+
+
+def test_the_module_whose_first_forward_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layout is made while it is traced, with index tensors on the device: one on the CPU would rule out graphs."""
+    monkeypatch.setattr(shelf, "_NAMES", {})
+    torch.compiler.reset()
+    counters.clear()
+    attn = VideoSparseAttention(128, 2, budget=Budget(keep_ratio=1.0)).to(
+        DEVICE
+    )  # no choice that rounding could change
+    compiled = torch.compile(attn, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(1, 5 * 9 * 7, 128, device=DEVICE)
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(x, (5, 9, 7)).clone(), attn(x, (5, 9, 7)), rtol=1e-2, atol=1e-2)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    torch.compiler.reset()

@@ -234,6 +234,8 @@ def test_what_does_not_fit_is_refused() -> None:
         module()(hidden(), (3, 5, 5))
     with pytest.raises(ShapeError, match="tile must be a tuple of sides or 'fit', got 'best'"):
         module(tile="best")(hidden(), GRID)
+    with pytest.raises(ShapeError, match="tile must be a tuple of sides or 'fit', got None"):
+        module(tile=None)(hidden(), GRID)
     with pytest.raises(ShapeError, match="one number per axis"):
         module(tile=(4, 4))(hidden(), GRID)
 

@@ -37,8 +37,8 @@ def load_bundled(device: str | torch.device = "cpu", dtype: torch.dtype = torch.
 
 
 def load_pipeline(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ClipPipeline:
-    """A model saved by `save_pipeline`, with those of the package's scenes that its table of shots reaches: a model that was
-    trained on the first shots of the film was never told the others. Raises as `load_bundled`."""
+    """A model saved by `save_pipeline`, with those of the package's scenes that its table of shots reaches: one
+    that was trained on the first shots of the film was never told the others. Raises as `load_bundled`."""
     facts = _verified_manifest(folder)
     parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")}
     for name, (kind, runs_in) in {

@@ -64,8 +64,8 @@ class VideoSparseAttention(nn.Module):
         sizes = dim, num_heads, num_kv_heads
         if not all(isinstance(n, int) and n > 0 for n in sizes) or dim % num_heads or num_heads % num_kv_heads:
             raise ShapeError(
-                f"dim must be a positive multiple of num_heads and num_heads of num_kv_heads, got dim={dim}, "
-                f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+                f"dim must be a positive multiple of num_heads and num_heads of num_kv_heads, got dim={dim!r}, "
+                f"num_heads={num_heads!r}, num_kv_heads={num_kv_heads!r}"
             )
         if budget is not None and not isinstance(budget, Budget):
             raise BudgetError(f"budget must be a Budget such as Budget(keep_ratio=0.125), got {budget!r}")
@@ -99,7 +99,7 @@ class VideoSparseAttention(nn.Module):
         self, grid: tuple[int, ...], prefix: int = 0, suffix: int = 0, device: torch.device | str = "cpu"
     ) -> TileLayout:
         """The layout this module uses for a lattice, its index tensors copied to `device` ahead of use."""
-        if isinstance(self.tile, str) and self.tile != "fit":
+        if self.tile is None or (isinstance(self.tile, str) and self.tile != "fit"):
             raise ShapeError(f"tile must be a tuple of sides or 'fit', got {self.tile!r}")
         tile = None if isinstance(self.tile, str) else self.tile
         return kept_layout(grid, tile, self.q_tiles, prefix, suffix, torch.device(device))
