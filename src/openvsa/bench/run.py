@@ -323,7 +323,9 @@ def _gate_timed(
         chosen = []
         try:
             if entry.plan not in oracles:
-                oracles[entry.plan] = gate_timed.expect(inputs)
+                # The whole op is not compared by key blocks, and dense attention has the most to compute for each.
+                kv_heads = 0 if entry.budget is not None else 1 if entry.contender.kind == "dense" else 2
+                oracles[entry.plan] = gate_timed.expect(inputs, kv_heads)
             expected = oracles[entry.plan]
             if entry.budget is not None:
                 chosen = gate_timed.check_selection(problem.q, problem.k, inputs.plan, case.layout, entry.budget)
