@@ -21,6 +21,7 @@ from openvsa.cli import generate_model, pipelines
 from openvsa.evaluate import Comparison, Figures, read_video
 from openvsa.integrations.branch import add_branch
 from openvsa.integrations.report import LayerReport, SparsityReport
+from openvsa.select import BudgetTable
 
 FILES = ["dense.mp4", "report.html", "report.json", "side_by_side.mp4", "sparse.mp4"]
 PROMPT = "a cat plays the piano"
@@ -92,6 +93,17 @@ def test_settings_from_a_file_or_a_preset(openvsa_command: Callable, wan: Path, 
     assert made[settings].density == pytest.approx((1 + 2 / tiles) / 2)
     assert (made[settings].settings.density, made["wan"].settings.density) == (None, 0.25)
     assert "was asked for" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_table_of_an_audit_as_settings(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    table = BudgetTable(0.5, {"blocks.0.attn1": (0.5, 1.0), "blocks.1.attn1": (0.25, 0.25)}, (1, 2, 2))
+    table.save(tmp_path / "table.json")
+    outcome = openvsa_command(
+        "generate", "--model", wan, *SMALL, "--config", tmp_path / "table.json", "--out", tmp_path / "out"
+    )
+    assert outcome.status == 0, outcome.err
+    figures = Figures.from_json((tmp_path / "out" / "report.json").read_text())
+    assert figures.settings.density == 0.5
 
 
 @pytest.mark.parametrize(

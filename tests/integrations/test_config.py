@@ -188,6 +188,21 @@ def test_the_handle_changes_settings_while_it_is_on() -> None:
         assert handle.config == SparsityConfig(budget=Budget(keep_ratio=0.5), tile=(3, 3, 3))
 
 
+def test_a_table_is_settings_too(tmp_path: Path) -> None:
+    table = BudgetTable(0.25, {"blocks.0.attn1": (0.5, 0.125), "blocks.1.attn1": (0.25, 0.25)}, (1, 2, 2))
+    table.save(tmp_path / "table.json")
+    config = SparsityConfig.load(tmp_path / "table.json")
+    assert config == SparsityConfig(density=0.25, layers=table.layers, tile=(1, 2, 2))
+    model = tiny_wan()
+    with openvsa.sparsify(model, budget=tmp_path / "table.json") as handle:
+        assert handle.config == config
+    joined = SparsityConfig.of_table(table, dense_first_steps=2, tile=None)
+    assert (joined.dense_first_steps, joined.tile, joined.layers) == (2, None, table.layers)
+    (tmp_path / "table.json").write_text(table.to_json().replace('"version": 1', '"version": 99'))
+    with pytest.raises(openvsa.BudgetError, match=r"version 1, got .* and 99"):
+        SparsityConfig.load(tmp_path / "table.json")
+
+
 # -- presets --------------------------------------------------------------------------------------------------------
 
 

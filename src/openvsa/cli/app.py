@@ -43,7 +43,8 @@ def generate(
         float | None, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.25.")
     ] = None,
     config: Annotated[
-        str | None, typer.Option(help="Settings instead of --density: a file of them, or the name of a preset.")
+        str | None,
+        typer.Option(help="Settings instead of --density: a file, a table of openvsa audit, or a preset's name."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
     steps: Annotated[

@@ -104,7 +104,7 @@ def make_pair(
 
 def sparsity(density: float | None, config: str | None, steps: int) -> SparsityConfig:
     """The settings of the sparse clip: a density, 1/4 by default, or else a file or a preset. Short sequences are made
-    sparse as well, but for a file that says otherwise.
+    sparse as well, but for a file that has min_tokens.
 
     Raises:
         OpenVSAError: both are given, or there is no such file or preset, or it is wrong.
@@ -120,7 +120,8 @@ def sparsity(density: float | None, config: str | None, steps: int) -> SparsityC
         return SparsityConfig.preset(config, steps=steps, min_tokens=0)
     if not Path(config).is_file():
         raise OpenVSAError(f"--config {config} is no file, and no preset; presets are {', '.join(PRESETS)}")
-    return SparsityConfig.load(config)
+    loaded = SparsityConfig.load(config)
+    return replace(loaded, min_tokens=0) if loaded.min_tokens is None else loaded
 
 
 def check_numbers(seed: int, steps: int) -> None:

@@ -16,7 +16,7 @@ from openvsa.config import Budget
 from openvsa.errors import BudgetError, OpenVSAError, require
 from openvsa.integrations.presets import PRESETS
 from openvsa.ops.registry import backends
-from openvsa.select import PooledTopK, Selector
+from openvsa.select import BudgetTable, PooledTopK, Selector
 
 __all__ = ["SparsityConfig"]
 
@@ -279,10 +279,10 @@ class SparsityConfig:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SparsityConfig:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or the densities of a BudgetTable, such as `openvsa audit --budget` writes.
 
         Raises:
-            OpenVSAError: the file cannot be read or holds no settings.
+            OpenVSAError: the file cannot be read or holds neither.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -299,7 +299,14 @@ class SparsityConfig:
             raise OpenVSAError(f"the settings {str(path)!r} cannot be parsed: {error}") from None
         if not isinstance(values, dict):
             raise OpenVSAError(f"the settings {str(path)!r} must be an object of names and values, got {values!r}")
+        if "format" in values:
+            return cls.of_table(BudgetTable.from_json(text))
         return cls.from_dict(values)
+
+    @classmethod
+    def of_table(cls, table: BudgetTable, **changes: Any) -> SparsityConfig:
+        """The densities and the tile of a table, and settings that it does not have, or in place of its own."""
+        return cls(**{"density": table.density, "layers": table.layers, "tile": table.tile, **changes})
 
 
 def _from_values(values: dict[str, Any]) -> SparsityConfig:

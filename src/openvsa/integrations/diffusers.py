@@ -80,19 +80,14 @@ def sparsify(
             f"config must be a SparsityConfig, got {config!r}; SparsityConfig.from_dict, .load and .preset make one"
         )
     if config is None:
+        given: dict[str, Any] = {"selector": selector or PooledTopK(), "backend": backend, "min_tokens": min_tokens}
+        if tile is not None:
+            given["tile"] = tile
         table = BudgetTable.load(budget) if isinstance(budget, str | PathLike) else budget
-        layers: Any = {}
         if isinstance(table, BudgetTable):
-            density, table, layers, tile = table.density, None, table.layers, tile or table.tile
-        config = SparsityConfig(
-            density=density,
-            budget=table,
-            layers=layers,
-            tile=tile,
-            selector=selector or PooledTopK(),
-            backend=backend,
-            min_tokens=min_tokens,
-        )
+            config = SparsityConfig.of_table(table, **given)
+        else:
+            config = SparsityConfig(density=density, budget=table, **given)
     return attach(model, config, measure=measure)
 
 
