@@ -123,9 +123,8 @@ def test_the_module_whose_first_forward_is_compiled(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shelf, "_NAMES", {})
     torch.compiler.reset()
     counters.clear()
-    attn = VideoSparseAttention(128, 2, budget=Budget(keep_ratio=1.0)).to(
-        DEVICE
-    )  # no choice that rounding could change
+    # At density 1 there is no choice that rounding could change.
+    attn = VideoSparseAttention(128, 2, budget=Budget(keep_ratio=1.0)).to(DEVICE)
     compiled = torch.compile(attn, mode="reduce-overhead", fullgraph=True)
     with torch.no_grad():
         for _ in range(4):
