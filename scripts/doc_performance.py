@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,10 @@ def every_row(cases: dict[str, Measured]) -> str:
     return text
 
 
+# Of the blocks, in columns.
+_SHARES = tuple(Fraction(share) for share in ("1/16", "1/8", "1/4", "1/2", "3/4"))
+
+
 def sweeps(cases: dict[str, Measured]) -> str:
     lines = []
     for name, case in cases.items():
@@ -180,11 +185,11 @@ def sweeps(cases: dict[str, Measured]) -> str:
                 points = dict(_points(case, op, first, what))
                 if points:
                     tokens, dim = f"{case.case['tokens']:,}", str(case.case["head_dim"])
-                    cells = [f"{points[d]:.2f}×" if d in points else "" for d in (1 / 16, 1 / 8, 1 / 4, 1 / 2)]
+                    cells = [f"{points[d]:.2f}×" if d in points else "" for d in _SHARES]
                     lines.append([tokens, dim, op, what, *cells, break_even(points)])
     if not lines:
         return ""
-    head = ["tokens", "head size", "op", "pass", "1/16", "1/8", "1/4", "1/2", "break-even density"]
+    head = ["tokens", "head size", "op", "pass", *(str(share) for share in _SHARES), "break-even density"]
     rivals = sorted({case.rival for name, case in cases.items() if "densities" in name and case.rival})
     note = (
         f"How many times as fast as {' and '.join(rivals)} the fastest backend is, by the share of blocks kept (random "
@@ -196,10 +201,10 @@ def sweeps(cases: dict[str, Measured]) -> str:
 
 def _points(case: Measured, op: str, first: str, what: str) -> Iterator[tuple[float, float]]:
     for plan in dict.fromkeys(row["plan"] for row in case.rows(op=op, kind="openvsa")):
-        pattern, density = plan.split(" 1/")
+        pattern, share = plan.split(" ")
         row = case.best(what, plan, op=op)
         if pattern == first and row and case.rival:
-            yield 1 / float(density), row["faster"][case.rival]
+            yield float(Fraction(share)), row["faster"][case.rival]
 
 
 def break_even(points: dict[float, float]) -> str:

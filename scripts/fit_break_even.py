@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def constants(cases: Sequence[Measured], has_host: bool = True) -> dict[str, flo
             whole = kernel and measured.best("forward", f"selected {density}", "vsa", kernel["contender"])
             if kernel is None or pattern != "random":
                 continue
-            kept = case.get("plans", {}).get(plan, {}).get("pairs") or pairs / float(density.removeprefix("1/"))
+            kept = case.get("plans", {}).get(plan, {}).get("pairs") or pairs * float(Fraction(density))
             amounts = (kept, elements, tiles, 1.0)
             kernels.append(Point(kernel["ms"], amounts))
             if whole:

@@ -72,7 +72,7 @@ def test_memory_and_densities(results: Path) -> None:
     assert "| `s32k` | attention | hopper | 1.50 | 0.75 | 2026-02-01 |" in page
     [line] = [line for line in page.splitlines() if line.startswith("| 32,768 | 128 | attention | forward")]
     # Times as shares of dense: 0.25 at 1/8 and 1.25 at 1/2, so 1 at 1/8 + 3/8 * 3/4.
-    assert line == "| 32,768 | 128 | attention | forward | 8.00× | 4.00× |  | 0.80× | 0.41 |"
+    assert line == "| 32,768 | 128 | attention | forward | 8.00× | 4.00× |  | 0.80× |  | 0.41 |"
 
 
 def test_the_readme_has_the_op_by_the_newest_files(results: Path) -> None:

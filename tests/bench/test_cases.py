@@ -26,8 +26,15 @@ def test_blocks() -> None:
     assert CASES["wan-480p"].layout.blocks.uniform_len is None
 
 
+@pytest.mark.parametrize(
+    ("density", "name"), [(1 / 16, "1/16"), (1 / 3, "1/3"), (3 / 4, "3/4"), (0.1, "1/10"), (1.0, "1")]
+)
+def test_shares_have_names(density: float, name: str) -> None:
+    assert str(PlanSpec("random", density)) == f"random {name}"
+
+
 def test_the_densities_of_the_sweeps() -> None:
-    assert [spec.density for spec in CASES["s65k-densities"].plans] == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert [spec.density for spec in CASES["s65k-densities"].plans] == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4]
 
 
 @pytest.mark.parametrize("device_type", SUITES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 
 import torch
@@ -11,7 +12,7 @@ from openvsa.bench.plans import PATTERNS
 from openvsa.errors import OpenVSAError
 from openvsa.layout import TileLayout
 
-__all__ = ["CASES", "SUITES", "Case", "PlanSpec", "find_cases"]
+__all__ = ["CASES", "SUITES", "Case", "PlanSpec", "find_cases", "share_name"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,12 @@ class PlanSpec:
             raise OpenVSAError(f"density must be in (0, 1], got {self.density}")
 
     def __str__(self) -> str:
-        return f"{self.pattern} 1/{1 / self.density:g}"
+        return f"{self.pattern} {share_name(self.density)}"
+
+
+def share_name(density: float) -> str:
+    """A share of blocks in (0, 1] as results name it, such as 1/8 or 3/4."""
+    return str(Fraction(density).limit_denominator(1024))
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Case:
 
 
 _AT_EIGHTH = tuple(PlanSpec(pattern) for pattern in PATTERNS)
-_DENSITIES = tuple(PlanSpec("random", 1 / n) for n in (16, 8, 4, 2))
+_DENSITIES = tuple(PlanSpec("random", density) for density in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4))
 _CPU = {"dtype": "float32", "heads": 8, "head_dim": 64, "device_type": "cpu"}
 
 # 32,768 tokens as a lattice of 32 x 32 x 32, in tiles that divide it: the shape that attention kernels are usually

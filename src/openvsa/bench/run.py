@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openvsa.bench import gate, gate_timed
-from openvsa.bench.cases import Case
+from openvsa.bench.cases import Case, share_name
 from openvsa.bench.contenders import Attend, Contender
 from openvsa.bench.oracle import Inputs
 from openvsa.bench.plans import make_plan, shared_with_next, smooth_queries_and_keys
@@ -271,7 +271,7 @@ def _entries(problem: _Problem, contenders: Sequence[Contender], result: dict[st
         for density in dict.fromkeys(spec.density for spec in case.plans):
             budget = Budget(keep_ratio=density)
             plan = PooledTopK()(problem.q, problem.k, case.layout, budget)
-            name = f"selected 1/{1 / density:g}"
+            name = f"selected {share_name(density)}"
             possible = _possible(problem, contender, name, plan, result)
             if possible is not None:
                 attend = partial(_whole_op, contender.name, case, budget)
