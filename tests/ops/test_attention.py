@@ -161,4 +161,6 @@ def test_a_backend_that_cannot_is_refused_with_reasons() -> None:
     assert any("one length" in why for why in caught.value.reasons["flex"])
     with pytest.raises(UnsupportedError, match="there is no backend 'fast'"):
         block_sparse_attention(q, k, v, plan_of(), backend="fast")
+    with pytest.raises(UnsupportedError, match=r"there is no backend \['cpu'\]"):
+        block_sparse_attention(q, k, v, plan_of(), backend=["cpu"])  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert issubclass(UnsupportedError, NotImplementedError)

@@ -120,7 +120,7 @@ _CHOICES: dict[tuple[object, ...], tuple[Backend, tuple[Backend, ...]]] = {}  # 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, name: str) -> Backend:
     """The backend for a call; for one like an earlier one without looking at the backends again."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(name, str):
         return choose(Problem.of(q, k, v, plan), name)
     q_blocks, kv_blocks = plan.q_blocks, plan.kv_blocks
     key = (
