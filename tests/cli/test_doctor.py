@@ -78,6 +78,7 @@ def test_every_kind_of_gpu_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> No
         return SimpleNamespace(name=f"gpu {index}", total_memory=2**34, major=major, minor=minor)
 
     monkeypatch.setattr(registry, "_installed_version", lambda name: "99")
+    monkeypatch.setattr(registry, "_nvrtc_and_driver", lambda: (13, 13000))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
