@@ -33,7 +33,14 @@ CONSTANTS = ROOT / "src" / "openvsa" / "integrations" / "break_even.json"
 TARGET_DENSITY = 0.1
 # Families, by the name of their page and preset, and the models that were measured of them.
 FAMILIES = {
-    "wan": ("wan-1.3b-480p", "wan-1.3b-720p", "wan-14b-720p"),
+    "wan": (
+        "wan-1.3b-480p",
+        "wan-1.3b-720p",
+        "wan-14b-720p",
+        "wan-i2v-14b-720p",
+        "wan-vace-1.3b-480p",
+        "wan2.2-5b-720p",
+    ),
     "hunyuan_video": ("hunyuan-720p",),
     "hunyuan_video15": ("hunyuan15-720p",),
     "ltx": ("ltx",),

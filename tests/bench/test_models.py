@@ -31,8 +31,12 @@ def tiny(name: str, grid: tuple[int, ...], **config: Any) -> ModelCase:
     return replace(MODELS[name], grid=grid, config=config, device_type="cpu")
 
 
+_WAN = {key: value for key, value in MODELS["tiny-wan"].config.items() if key != "in_channels"}
 TINY = {
     "wan": MODELS["tiny-wan"],
+    "wan-i2v": tiny("wan-i2v-14b-720p", (3, 10, 12), **_WAN, in_channels=12, image_dim=16, added_kv_proj_dim=48),
+    "wan-vace": tiny("wan-vace-1.3b-480p", (3, 10, 12), **_WAN, in_channels=4, vace_layers=[0], vace_in_channels=12),
+    "wan2.2": tiny("wan2.2-5b-720p", (3, 10, 12), **_WAN, in_channels=4),
     "hunyuan": tiny(
         "hunyuan-720p", (3, 4, 6), num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=2,
         num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 4, 4), in_channels=4,
@@ -99,7 +103,7 @@ def test_a_family_is_measured(name: str) -> None:
     case = TINY[name]
     found = measure_model(case, CPU, QUICK, lambda text: None)
     assert found["passed"], found["failed"]
-    assert found["layers"] == (3 if name == "hunyuan" else 2)
+    assert found["layers"] == (3 if name in ("hunyuan", "wan-vace") else 2)
     assert found["attention"]["tokens"] == math.prod(case.grid) + found["attention"]["text_tokens"]
     assert found["gate"]["density 1"] < found["gate"]["density 0.25"]
     eager = {row["variant"]: row for row in found["rows"] if row["mode"] == "eager"}

@@ -94,10 +94,11 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-# Configurations: `transformer/config.json` of the repositories Wan-AI/Wan2.1-T2V-1.3B-Diffusers and -14B-Diffusers,
-# hunyuanvideo-community/HunyuanVideo, Lightricks/LTX-Video and THUDM/CogVideoX-5b on the Hugging Face hub. The classes
-# have the configuration of the 14B Wan, and of HunyuanVideo 1.0 and 1.5, LTX-Video and LTX-2, Mochi and FLUX.1 as their
-# defaults; of Cosmos and Kandinsky 5 the defaults of the classes are taken, whatever was released.
+# Configurations: `transformer/config.json` of the repositories Wan-AI/Wan2.1-T2V-1.3B-Diffusers, -T2V-14B-Diffusers,
+# -I2V-14B-720P-Diffusers and -VACE-1.3B-diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers, Lightricks/LTX-Video,
+# hunyuanvideo-community/HunyuanVideo and THUDM/CogVideoX-5b on the Hugging Face hub. The classes have the configuration
+# of the 14B Wan, and of HunyuanVideo 1.0 and 1.5, LTX-Video and LTX-2, Mochi and FLUX.1 as their defaults; of Cosmos
+# and Kandinsky 5 the defaults of the classes are taken, whatever was released.
 _WAN_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _TINY_WAN = {
     "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 16,
@@ -111,6 +112,15 @@ _ALL = (
               "Wan 2.1 1.3B, 720 x 1280, 81 frames", _WAN_SMALL, target=2.2),
     ModelCase("wan-14b-720p", "WanTransformer3DModel", (21, 45, 80), call.wan,
               "Wan 2.1 14B, 720 x 1280, 81 frames", {"num_layers": 4}, "40", target=2.2),
+    ModelCase("wan-i2v-14b-720p", "WanTransformer3DModel", (21, 45, 80), call.wan_image_to_video,
+              "Wan 2.1 14B image to video, 720 x 1280, 81 frames",
+              {"num_layers": 4, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, "40"),
+    ModelCase("wan-vace-1.3b-480p", "WanVACETransformer3DModel", (21, 30, 52), call.wan_vace,
+              "Wan 2.1 VACE 1.3B, 480 x 832, 81 frames, a control video",
+              {**_WAN_SMALL, "vace_layers": list(range(0, 30, 2)), "vace_in_channels": 96}),
+    ModelCase("wan2.2-5b-720p", "WanTransformer3DModel", (31, 22, 40), call.wan_by_token,
+              "Wan 2.2 5B, 704 x 1280, 121 frames, a noise level for each token",
+              {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}),
     ModelCase("hunyuan-720p", "HunyuanVideoTransformer3DModel", (33, 45, 80), call.hunyuan_video,
               "HunyuanVideo 13B, 720 x 1280, 129 frames, 256 text tokens",
               {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1}, "60", target=2.2),

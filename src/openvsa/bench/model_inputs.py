@@ -37,6 +37,19 @@ def wan(grid: tuple[int, ...], config: Any, noise: Noise) -> Inputs:
     }
 
 
+def wan_image_to_video(grid: tuple[int, ...], config: Any, noise: Noise) -> Inputs:
+    return {**wan(grid, config, noise), "encoder_hidden_states_image": noise(1, 257, config["image_dim"])}
+
+
+def wan_vace(grid: tuple[int, ...], config: Any, noise: Noise) -> Inputs:
+    sides = [n * p for n, p in zip(grid, config["patch_size"], strict=True)]
+    return {**wan(grid, config, noise), "control_hidden_states": noise(1, config["vace_in_channels"], *sides)}
+
+
+def wan_by_token(grid: tuple[int, ...], config: Any, noise: Noise) -> Inputs:
+    return {**wan(grid, config, noise), "timestep": torch.full((1, grid[0] * grid[1] * grid[2]), 500)}
+
+
 def hunyuan_video(grid: tuple[int, ...], config: Any, noise: Noise) -> Inputs:
     p = config["patch_size"]
     return {
