@@ -33,8 +33,17 @@ def perturbed(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def check_hoist(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens change their order at entry and exit alone; the output is that of every layer doing it for itself."""
+def check_hoist(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    entering: int = 3,
+    tile: tuple[int, ...] = (1, 2, 2),
+) -> None:
+    """Tokens change their order at entry and exit alone; the output is that of every layer doing it for itself.
+
+    `entering` tensors do at the entry: as a rule cosines, sines and the embedded video.
+    """
     reorders: list[bool] = []
     original = openvsa.TileLayout._reorder
 
@@ -43,14 +52,14 @@ def check_hoist(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.Mo
         return original(self, x, dim, inverse=inverse)
 
     monkeypatch.setattr(openvsa.TileLayout, "_reorder", counted)
-    with openvsa.sparsify(model, density=0.3, tile=(1, 2, 2)):
+    with openvsa.sparsify(model, density=0.3, tile=tile):
         hoisted = run(model, inputs)
-    assert reorders == [False, False, False, True]  # cosines, sines, embedded video; output
+    assert reorders == [False] * entering + [True]
     family = type(family_of(model))
     monkeypatch.setattr(family, "hoist", lambda self, transformer: None)
-    with openvsa.sparsify(model, density=0.3, tile=(1, 2, 2)):
+    with openvsa.sparsify(model, density=0.3, tile=tile):
         close(hoisted, run(model, inputs))
-    assert len(reorders) > 8
+    assert len(reorders) - entering - 1 >= 4 * len(family_of(model).attentions(model))
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -120,6 +129,16 @@ class JointFamilyTests:
         dense = run(model, inputs)
         with openvsa.sparsify(model, density=1.0):
             close(run(model, inputs), dense)
+
+    def test_gradients_at_density_one_equal_dense(self) -> None:
+        model, inputs = self.model(), self.inputs(self.grids[0], self.texts)
+        attn: Any = model.get_submodule(self.layers[0])
+        latents = inputs["hidden_states"] = inputs["hidden_states"].requires_grad_()
+        dense = torch.autograd.grad(model(**inputs)[0].square().sum(), (latents, attn.to_k.weight))
+        with openvsa.sparsify(model, density=1.0):
+            ours = torch.autograd.grad(model(**inputs)[0].square().sum(), (latents, attn.to_k.weight))
+        for mine, theirs in zip(ours, dense, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
     def test_guidance_in_one_batch_equals_guidance_in_two_calls(self) -> None:
         model, both = self.model(), self.inputs(self.large(), self.texts)

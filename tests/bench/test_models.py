@@ -115,7 +115,7 @@ def test_a_family_is_measured(name: str) -> None:
     assert {row["variant"] for row in found["rows"] if row["mode"] == "kernel"} == {"density 0.5", "density 0.25"}
 
 
-@pytest.mark.parametrize("name", ["wan", "kandinsky5"])  # with hoisted permutation, and without
+@pytest.mark.parametrize("name", ["wan", "mochi"])  # text in the sequence or not
 def test_query_blocks_of_several_tiles(name: str) -> None:
     found, alone = (
         measure_model(TINY[name], CPU, replace(QUICK, densities=(0.25,), q_tiles=tiles), lambda text: None)

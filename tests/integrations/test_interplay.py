@@ -193,6 +193,26 @@ def test_adapters_before_and_after_attaching() -> None:
     assert type(after.blocks[0].attn1.processor) is WanAttnProcessor
 
 
+@pytest.mark.parametrize("module", ["patch_embedding", "proj_out"])
+def test_adapters_where_tokens_enter_and_leave(module: str) -> None:
+    """An adapter takes the place of the module that has the hook, and adds to what it returns."""
+    lora = LoraConfig(r=4, target_modules=[module], init_lora_weights=False)
+
+    def with_adapter(model: Any) -> Any:
+        torch.manual_seed(1)
+        model.add_adapter(lora, "style")
+        return model
+
+    dense = run(with_adapter(tiny_wan()))
+    for model in (with_adapter(tiny_wan()), tiny_wan()):
+        hoisted = hasattr(model, "peft_config")
+        handle = openvsa.sparsify(model, density=1.0)
+        if not hoisted:
+            with_adapter(model)
+        torch.testing.assert_close(run(model), dense, rtol=1e-4, atol=1e-5)
+        assert handle._session.forward.hoisted == hoisted
+
+
 @pytest.mark.parametrize("first", ["offload", "attach"])
 def test_offloaded_weights(first: str) -> None:
     model = tiny_wan()

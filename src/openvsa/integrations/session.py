@@ -94,10 +94,15 @@ class Forward:
 
     sequence: Sequence
     parts: tuple[Part, ...]
-    lattice: TileLayout  # without the tokens before and after it
     timestep: Tensor | None
-    hoisted: bool
+    entered: TileLayout | None = None  # of what the entries put in block order; None where the order stays
+    left: TileLayout | None = None  # of what the exit puts back
     checked_mask: bool = False
+
+    @property
+    def hoisted(self) -> bool:
+        """Whether all layers have their tokens in block order."""
+        return self.entered is not None
 
 
 @dataclass
@@ -384,6 +389,15 @@ class _Clock:
         return self._stop - self._start
 
 
+def _permute_argument(name: str, value: Any, axis: int, dims: int, layout: TileLayout) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_permute_argument(name, one, axis, dims, layout) for one in value)
+    if not isinstance(value, Tensor) or value.dim() != dims:
+        return value
+    layout.check(f"the argument {name}", value.shape[axis])
+    return layout.permute(value, axis)
+
+
 @dataclass
 class Site:
     """One transformer of a session: what its hooks do."""
@@ -397,11 +411,16 @@ class Site:
     told: bool = False
     processors: list[SparseProcessor] = field(init=False)
     names: tuple[str, ...] = field(init=False)
+    places: tuple[tuple[str, nn.Module], ...] = field(init=False)  # names in the transformer, and what has the hooks
 
     def __post_init__(self) -> None:
         self.processors = [processor for _, processor in self.attentions]
         # The class's own forward: offloading hooks put another on the instance.
         self.names = forward_names(type(self.transformer))
+        hooked = () if self.hoist is None else (self.hoist.exit[0], *(module for module, _, _ in self.hoist.entries))
+        self.places = tuple(
+            (name, module) for name, module in self.transformer.named_modules() if any(module is one for one in hooked)
+        )
 
     def begin_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -412,10 +431,7 @@ class Site:
         sequence = self.family.sequence(module, (), arguments)
         timestep = self.family.timestep((), arguments)
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-        session.forward = forward = Forward(
-            sequence, self._parts(sequence, device), session.layout(Sequence(sequence.grid), 0, device), timestep,
-            hoisted=False,
-        )  # fmt: skip
+        session.forward = forward = Forward(sequence, self._parts(sequence, device), timestep)
         condition, variant = self.family.condition((), arguments), self.family.variant((), arguments)
         dense = self._decide(sequence, timestep, condition, variant, device)
         for attn, processor in () if dense else self.attentions:
@@ -423,15 +439,16 @@ class Site:
         if dense or self.hoist is None or getattr(module, "is_cache_enabled", False):
             # A cache holds hidden states of other steps, whose order may be another.
             return None
-        if self.hoist.whole and (sequence.prefix or sequence.suffix):
+        if self.family.needs_raster_order((), arguments):
             return None
-        forward.hoisted = True
-        layout = forward.lattice
-        moved = {name: arguments.get(name) for name in self.hoist.arguments}
-        for name, value in moved.items():
-            if isinstance(value, Tensor) and value.dim() == 2:
-                layout.check(f"the argument {name}", value.shape[1])
-                arguments[name] = layout.permute(value)
+        if any(module.get_submodule(name) is not place for name, place in self.places):
+            # A LoRA has wrapped it since, and adds to what its hook returns.
+            return None
+        forward.entered = self._around(sequence, self.hoist.entry_around, device)
+        forward.left = self._around(sequence, self.hoist.around, device)
+        for name, axis, dims in self.hoist.arguments:
+            if name in arguments:
+                arguments[name] = _permute_argument(name, arguments[name], axis, dims, forward.left)
         return (), arguments
 
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -443,22 +460,30 @@ class Site:
     def enter(self, module: nn.Module, args: Any, output: Any, first: int, last: int) -> Any:
         """The forward hook of an entry: lattice axes first to last of its output to block order."""
         forward = self.session.forward
-        if forward is None or not forward.hoisted:
+        if forward is None or forward.entered is None:
             return None
-        layout = forward.lattice
+        layout = forward.entered
 
         def permute(x: Tensor) -> Tensor:
-            flat = x.flatten(first, last).movedim(first, 1)
-            return layout.permute(flat).movedim(1, first).unflatten(first, x.shape[first : last + 1])
+            flat, axis = x.flatten(first, last), first
+            if first == 0 < last:
+                flat, axis = flat.unflatten(0, (-1, layout.num_tokens)), 1
+            return layout.permute(flat.movedim(axis, 1)).movedim(1, axis).reshape(x.shape)
 
         return tuple(permute(x) for x in output) if isinstance(output, tuple) else permute(output)
 
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """The forward hook of the exit: back to raster order."""
         forward = self.session.forward
-        if forward is None or not forward.hoisted or self.hoist is None:
+        if forward is None or forward.left is None or self.hoist is None:
             return None
-        return forward.lattice.unpermute(output, dim=self.hoist.exit[1])
+        return forward.left.unpermute(output, dim=self.hoist.exit[1])
+
+    def _around(self, sequence: Sequence, around: tuple[bool, bool], device: torch.device) -> TileLayout:
+        """The layout of the lattice with the tokens before it, and those after it, if these are among them."""
+        before, after = around
+        whole = Sequence(sequence.grid, sequence.prefix if before else 0)
+        return self.session.layout(whole, sequence.suffix if after else 0, device)
 
     def _parts(self, sequence: Sequence, device: torch.device) -> tuple[Part, ...]:
         session, lengths = self.session, sequence.text_lengths

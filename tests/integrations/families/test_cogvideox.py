@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import nn
 
 import openvsa
-from joint_family import JointFamilyTests, close, perturbed, run
+from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
 
 
 def build(patch_t: int | None = None, rotary: bool = True) -> nn.Module:
@@ -87,6 +87,14 @@ def test_sinusoidal_positions() -> None:
         close(run(model, inputs), dense)
 
 
+@pytest.mark.parametrize(("patch_t", "rotary", "entering"), [(None, True, 3), (None, False, 1), (2, True, 3)])
+def test_tokens_are_reordered_once(
+    patch_t: int | None, rotary: bool, entering: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = call((3, 4, 5), (7, 7), patch_t=patch_t, rotary=rotary)
+    check_hoist(build(patch_t, rotary), inputs, monkeypatch, entering)
+
+
 def test_rotary_positions_reach_the_processor() -> None:
     model = build()
     with openvsa.sparsify(model, density=1.0):
@@ -104,10 +112,13 @@ def test_fused_projections() -> None:
 
 def test_a_mask_of_the_callers_own_is_refused() -> None:
     model, inputs = build(), call((3, 4, 6))
-    inputs["attention_kwargs"] = {"attention_mask": torch.zeros(1, 1, 7 + 72)}
-    openvsa.sparsify(model, density=0.3)
-    with pytest.raises(openvsa.UnsupportedError, match="attention mask"):
+    inputs["attention_kwargs"] = {"attention_mask": -4.0 * (torch.arange(7 + 72) % 5 == 0).expand(2, 1, -1)}
+    dense = run(model, inputs)
+    with openvsa.sparsify(model, density=0.3), pytest.raises(openvsa.UnsupportedError, match="attention mask"):
         run(model, inputs)
+    lenient = openvsa.SparsityConfig(density=0.3, strict=False, min_tokens=0)
+    with openvsa.sparsify(model, config=lenient), pytest.warns(UserWarning, match="dense attention instead of sparse"):
+        assert torch.equal(run(model, inputs), dense)
 
 
 def test_latents_of_another_shape_are_named() -> None:

@@ -86,8 +86,32 @@ def test_video_to_world(model: CosmosTransformer3DModel) -> None:
     dense = run(model, GRID, **more)
     with openvsa.sparsify(model, density=1.0):
         checks.close(run(model, GRID, **more), dense)
+    with openvsa.sparsify(model, density=0.5) as handle:
+        run(model, GRID, **more)
+        assert not handle._session.forward.hoisted  # pyright: ignore[reportOptionalMemberAccess]
+        run(model, GRID)
+        assert handle._session.forward.hoisted  # pyright: ignore[reportOptionalMemberAccess]
     events = checks.events_of(model, lambda: run(model, GRID, **more), density=0.5)
     assert [event.timestep for event in events] == pytest.approx([0.7, 0.7])
+
+
+@pytest.mark.parametrize("positions", ["learnable", None])
+def test_tokens_change_their_order_once(positions: str | None) -> None:
+    model = build(extra_pos_embed_type=positions)
+    checks.check_hoist(model, lambda: run(model, (5, 7, 9)))
+
+
+def test_residuals_of_the_control_network() -> None:
+    """They come in raster order, and go in with the tokens."""
+    model, grid = build(controlnet_block_every_n=1), (5, 7, 9)
+    residuals = [checks.randoms((0, 1), 315, 48, salt=salt) for salt in (2, 3)]
+
+    def run_controlled(model: CosmosTransformer3DModel, grid: tuple[int, ...]) -> Tensor:
+        return run(model, grid, block_controlnet_hidden_states=residuals)
+
+    assert not torch.allclose(run_controlled(model, grid), run(model, grid), atol=1e-3)
+    checks.check_density_one(model, run_controlled, [grid])
+    checks.check_hoist(model, lambda: run_controlled(model, grid))
 
 
 def test_the_condition_mask_and_image_context_of_2_5() -> None:

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import Tensor, nn
 
 import openvsa
-from joint_family import JointFamilyTests, close, perturbed, run
+from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
 from openvsa.integrations.families.flux import image_grid
 
 TEXT = 7
@@ -126,6 +126,41 @@ class TestFlux2(JointFamilyTests):
         openvsa.sparsify(model, density=0.3)
         with pytest.raises(openvsa.UnsupportedError, match="kv_cache_mode='extract'"):
             run(model, {**self.inputs((6, 8)), "kv_cache_mode": "extract", "num_ref_tokens": 6})
+
+
+@pytest.mark.parametrize("reference", [None, (3, 4)])
+def test_tokens_are_reordered_once(reference: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents and their ids, with those of Kontext's reference image beside them."""
+    check_hoist(build(), call((6, 9), (TEXT, TEXT), reference), monkeypatch, entering=2, tile=(2, 4))
+
+
+def test_tokens_of_flux_2_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = TestFlux2()
+    check_hoist(family.model(), family.inputs((6, 9), (TEXT, TEXT)), monkeypatch, entering=2, tile=(2, 4))
+
+
+def test_residuals_of_a_controlnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build(), call((6, 9), (TEXT, TEXT))
+    plain = run(model, inputs)
+    residuals = torch.randn(3, 2, 54, 32, generator=torch.Generator().manual_seed(5)).unbind()
+    inputs |= {"controlnet_block_samples": residuals[:1], "controlnet_single_block_samples": list(residuals[1:])}
+    dense = run(model, inputs)
+    assert not torch.allclose(dense, plain, atol=1e-2)
+    with openvsa.sparsify(model, density=1.0):
+        close(run(model, inputs), dense)
+    check_hoist(model, inputs, monkeypatch, entering=2 + 3, tile=(2, 4))
+
+
+def test_a_mask_of_the_callers_own_stays_in_raster_order() -> None:
+    model, inputs = build(), call((6, 8))
+    keys = torch.arange(TEXT + 48) % 5 > 0
+    inputs["joint_attention_kwargs"] = {"attention_mask": keys.expand(1, 1, TEXT + 48, -1)}
+    dense = run(model, inputs)
+    with openvsa.sparsify(model, density=0.3), pytest.raises(openvsa.UnsupportedError, match="attention mask"):
+        run(model, inputs)
+    lenient = openvsa.SparsityConfig(density=0.3, strict=False, min_tokens=0)
+    with openvsa.sparsify(model, config=lenient), pytest.warns(UserWarning, match="dense attention instead of sparse"):
+        assert torch.equal(run(model, inputs), dense)
 
 
 def test_a_reference_image_stays_dense() -> None:

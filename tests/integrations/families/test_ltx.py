@@ -119,6 +119,7 @@ def test_conditioning_frames_stay_dense(model: LTXVideoTransformer3DModel) -> No
     assert event.layout.grid == grid
     assert event.timestep == 700.0
     checks.check_conditioning_is_dense(event, prefix=48, suffix=0)
+    checks.check_hoist(model, lambda: run_conditioned(model, grid))
 
 
 @pytest.mark.parametrize(

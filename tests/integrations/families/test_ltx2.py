@@ -123,6 +123,7 @@ def test_keyframes_stay_dense(model: LTX2VideoTransformer3DModel) -> None:
     assert event.layout.grid == grid
     assert event.timestep == 700.0
     checks.check_conditioning_is_dense(event, prefix=0, suffix=48)
+    checks.check_hoist(model, lambda: run_with_keyframe(model, grid))
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([0.0, 1.0])], ids=["all", "one-sample"])

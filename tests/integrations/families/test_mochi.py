@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
 from torch import nn
 
 import openvsa
-from joint_family import JointFamilyTests, close, perturbed, run
+from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
 
 TEXT = 9
 
@@ -72,6 +73,10 @@ def test_valid_tokens_need_not_come_first() -> None:
     dense = run(model, inputs)
     with openvsa.sparsify(model, density=1.0):
         close(run(model, inputs), dense)
+
+
+def test_tokens_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_hoist(build(), call((3, 4, 5), (0, TEXT, 4)), monkeypatch)
 
 
 def test_samples_of_one_length() -> None:

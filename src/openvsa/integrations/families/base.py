@@ -55,17 +55,20 @@ class Hoist:
 
     Args:
         entries: (module, first axis, last axis): the lattice is at these axes of the module's output (of each tensor
-            of it, if it is a tuple); one axis if the lattice is flat already.
+            of it, if it is a tuple); one axis if the lattice is flat already. Axis 0 to a later one: the samples of
+            the batch are joined to the lattice's first axis.
         exit: (module, axis): the module behind the last layer, whose output goes back to raster order.
-        arguments: names of forward arguments that hold one number a token, as tensors [B, S]; others are left alone.
-        whole: the entries hold the tokens before and after the lattice too. Where there are any, the order stays, and
-            each layer permutes for itself.
+        arguments: (name, axis, number of dimensions): forward arguments with a number or more for each token, tensors
+            or lists and tuples of them. Those of another number of dimensions are left alone.
+        entry_around: whether the outputs of the entries hold the tokens before the lattice, and those after it, too.
+        around: the same of the arguments and of the output of the exit.
     """
 
     entries: tuple[tuple[nn.Module, int, int], ...]
     exit: tuple[nn.Module, int]
-    arguments: tuple[str, ...] = ()
-    whole: bool = False
+    arguments: tuple[tuple[str, int, int], ...] = ()
+    entry_around: tuple[bool, bool] = (False, False)
+    around: tuple[bool, bool] = (False, False)
 
 
 class Family(ABC):
@@ -109,6 +112,11 @@ class Family(ABC):
     def hoist(self, transformer: Any) -> Hoist | None:
         """Where to permute once for all layers, or None where something between the layers needs raster order."""
         return None
+
+    def needs_raster_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether arguments of this forward bring something in raster order into the layers, which `hoist` cannot put
+        in another. Then each layer permutes for itself."""
+        return False
 
     def without_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a processor that has made no attention call was right not to; kwargs are the processor's own."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Sequence, argument
-from openvsa.integrations.families.joint import block_attentions, latent_grid
+from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
+from openvsa.integrations.families.joint import block_attentions, has_mask, latent_grid
 
 __all__ = ["CogVideoX"]
 
@@ -31,3 +31,11 @@ class CogVideoX(Family):
         text: Tensor = argument(transformer, "encoder_hidden_states", args, kwargs)  # [B, text, D]
         grid = latent_grid(latents, (1, 3, 4), (config.patch_size_t or 1, config.patch_size, config.patch_size))
         return Sequence(grid, prefix=text.shape[1])
+
+    def hoist(self, transformer: Any) -> Hoist:
+        # The embedding has text and video in one output; RoPE, cosines and sines [S, D], and the exit are the video's.
+        entries, rope = ((transformer.patch_embed, 1, 1),), ("image_rotary_emb", 0, 2)
+        return Hoist(entries, (transformer.proj_out, 1), (rope,), entry_around=(True, False))
+
+    def needs_raster_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        return has_mask(kwargs.get("attention_kwargs"))

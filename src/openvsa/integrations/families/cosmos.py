@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Sequence
+from openvsa.integrations.families.base import Family, Hoist, Sequence
 
 __all__ = ["Cosmos"]
 
@@ -16,6 +16,7 @@ class Cosmos(Family):
     """CosmosTransformer3DModel: `attn1` of every block is self-attention over the video tokens.
 
     Frames that condition a video (video-to-world) are frames of the same lattice, and are treated like the others.
+    Their timesteps, one for each frame, modulate tokens in raster order, so every layer then permutes for itself.
     """
 
     name = "Cosmos"
@@ -35,3 +36,13 @@ class Cosmos(Family):
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         # [B], or [B, 1, T, 1, 1] where frames that condition the video are further denoised.
         return kwargs["timestep"].amax()
+
+    def hoist(self, transformer: Any) -> Hoist:
+        entries = [(transformer.rope, 0, 0), (transformer.patch_embed, 1, 3)]
+        if transformer.learnable_pos_embed is not None:
+            entries.append((transformer.learnable_pos_embed, 1, 1))
+        residuals = ("block_controlnet_hidden_states", 1, 3)
+        return Hoist(tuple(entries), (transformer.proj_out, 1), (residuals,))
+
+    def needs_raster_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        return kwargs["timestep"].ndim > 1  # the blocks modulate every frame apart

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from openvsa.errors import UnsupportedError
-from openvsa.integrations.families.base import Family, Sequence, argument
-from openvsa.integrations.families.joint import block_attentions
+from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
+from openvsa.integrations.families.joint import block_attentions, has_mask
 
 __all__ = ["Flux", "Flux2"]
 
@@ -19,7 +19,7 @@ class Flux(Family):
     """FluxTransformer2DModel: dev, schnell, Fill, Control, Redux and Kontext.
 
     The latents come packed, so the lattice is read from `img_ids`. Tokens after the image with another first
-    coordinate, Kontext's reference image, stay dense.
+    coordinate, Kontext's reference image, stay dense. Under an attention mask of the caller's own tokens keep their order.
     """
 
     name = "Flux.1"
@@ -33,6 +33,15 @@ class Flux(Family):
         ids: Tensor = argument(transformer, "img_ids", args, kwargs)  # [S, 3 or 4], of one sample
         grid = image_grid(ids[0] if ids.ndim == 3 else ids)
         return Sequence(grid, prefix=text.shape[1], suffix=ids.shape[-2] - grid[0] * grid[1])
+
+    def hoist(self, transformer: Any) -> Hoist:
+        # RoPE is computed from the ids, each of its own. The names of the ControlNets' residuals are Flux.1's alone.
+        residuals = (("controlnet_block_samples", 1, 3), ("controlnet_single_block_samples", 1, 3))
+        arguments = (("hidden_states", 1, 3), ("img_ids", 0, 2), ("img_ids", 1, 3), *residuals)
+        return Hoist((), (transformer.proj_out, 1), arguments, around=(False, True))
+
+    def needs_raster_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        return has_mask(kwargs.get("joint_attention_kwargs"))
 
 
 class Flux2(Flux):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from openvsa.errors import ShapeError
 
-__all__ = ["block_attentions", "latent_grid"]
+__all__ = ["block_attentions", "has_mask", "latent_grid"]
 
 
 def block_attentions(transformer: nn.Module, lists: tuple[str, ...], attention: str) -> list[tuple[str, nn.Module]]:
@@ -16,6 +18,11 @@ def block_attentions(transformer: nn.Module, lists: tuple[str, ...], attention: 
         for name in lists
         for index, block in enumerate(getattr(transformer, name))
     ]
+
+
+def has_mask(options: Any) -> bool:
+    """Whether the keyword arguments that a forward hands on to its processors have an attention mask among them."""
+    return bool(options) and options.get("attention_mask") is not None
 
 
 def latent_grid(latents: Tensor, axes: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:

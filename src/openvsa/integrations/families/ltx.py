@@ -49,4 +49,5 @@ class LTX(Family):
 
     def hoist(self, transformer: Any) -> Hoist | None:
         entries = ((transformer.rope, 1, 1), (transformer.proj_in, 1, 1))
-        return Hoist(entries, (transformer.proj_out, 1), ("timestep",), whole=True)
+        whole = (True, True)
+        return Hoist(entries, (transformer.proj_out, 1), (("timestep", 1, 2),), entry_around=whole, around=whole)

@@ -64,7 +64,8 @@ class LTX2(Family):
             return None
         tokens = 2 if transformer.config.rope_type == "split" else 1  # [B, H, S, D] or [B, S, D]
         ropes = tuple((rope, tokens, tokens) for rope in (transformer.rope, transformer.cross_attn_rope))
-        return Hoist((*ropes, (transformer.proj_in, 1, 1)), (transformer.proj_out, 1), ("timestep",), whole=True)
+        entries, whole = (*ropes, (transformer.proj_in, 1, 1)), (True, True)
+        return Hoist(entries, (transformer.proj_out, 1), (("timestep", 1, 2),), entry_around=whole, around=whole)
 
     def without_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Spatio-temporal guidance replaces the attention of chosen blocks by their values."""

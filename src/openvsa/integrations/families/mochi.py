@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Sequence, argument
+from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
 from openvsa.integrations.families.joint import block_attentions, latent_grid
 
 __all__ = ["Mochi"]
@@ -34,6 +34,10 @@ class Mochi(Family):
         grid = latent_grid(latents, (2, 3, 4), (1, config.patch_size, config.patch_size))
         lengths = tuple(int(n) for n in mask.bool().sum(dim=1).tolist())
         return Sequence(grid, suffix=mask.shape[1], text_lengths=lengths, per_sample=True)
+
+    def hoist(self, transformer: Any) -> Hoist:
+        entries = ((transformer.rope, 0, 0), (transformer.patch_embed, 0, 1))  # frames are embedded as samples are
+        return Hoist(entries, (transformer.proj_out, 1))
 
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         rising = super().timestep(args, kwargs)

@@ -40,4 +40,4 @@ class Wan(Family):
         if hasattr(transformer, "vace_patch_embedding"):
             entries.append((transformer.vace_patch_embedding, 2, 4))
         # Wan 2.2 may give every token a noise level of its own: a timestep [B, S].
-        return Hoist(tuple(entries), (transformer.proj_out, 1), ("timestep",))
+        return Hoist(tuple(entries), (transformer.proj_out, 1), (("timestep", 1, 2),))
