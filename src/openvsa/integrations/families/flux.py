@@ -19,7 +19,7 @@ class Flux(Family):
     """FluxTransformer2DModel: dev, schnell, Fill, Control, Redux and Kontext.
 
     The latents come packed, so the lattice is read from `img_ids`. Tokens after the image with another first
-    coordinate, Kontext's reference image, stay dense. Under an attention mask of the caller's own tokens keep their order.
+    coordinate, Kontext's reference image, stay dense. Under a mask of the caller's own, tokens stay in raster order.
     """
 
     name = "Flux.1"
