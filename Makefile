@@ -21,8 +21,9 @@ help:
 	@echo 'make docs    build the pages into site/    make unit    pytest'
 	@echo 'make wheel   build the wheel into dist/    make clean   remove the environment and what was built'
 
+# Threads that wait for one that another program has pushed aside soon give their core away (docs/getting-started.md).
 demo: $(VENV)/.installed-demo
-	$(BIN)/openvsa generate --out $(OUT) $(ARGS)
+	GOMP_SPINCOUNT=3000 $(BIN)/openvsa generate --out $(OUT) $(ARGS)
 
 test: lint types docs unit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
 import signal
@@ -187,3 +188,18 @@ def test_ctrl_c_stops_cleanly(
     assert (outcome.status, outcome.err) == (130, "stopped\n")
     assert next(count) > on_call
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.5, False), (100.0, True)])
+def test_a_busy_processor_is_said(
+    openvsa_command: Callable,
+    calls: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    load: float,
+    said: bool,
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    outcome = openvsa_command("generate", "--steps", "2", "--density", "0.5", "--out", tmp_path / "out")
+    assert outcome.status == 0
+    assert ("Other programs kept the processor busy (load 100.0" in outcome.out) == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import time
@@ -99,6 +100,8 @@ def make_pair(
         page = write_report(comparison, out)
         done()
     console.print(_summary(comparison.figures, page), highlight=False, soft_wrap=True)
+    if settings.device == describe(torch.device("cpu")) and (note := _busy()):
+        console.print(note, highlight=False, soft_wrap=True)
     return page
 
 
@@ -196,6 +199,22 @@ def _summary(figures: Figures, page: Path) -> str:
         f"{figures.attention_speedup:.2f}x as fast\n"
         f"likeness   {figures.quality}\n"
         f"open {page}"
+    )
+
+
+def _busy() -> str:
+    """What to say where other programs have kept the processor busy, if the system tells; else "".
+
+    Sparse attention on a CPU is many small steps that all threads take together, and OpenMP's threads spin while they
+    wait for one that another program has pushed aside.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    cores = os.cpu_count() or 1
+    if load < cores + 0.75:
+        return ""
+    return (
+        f"Other programs kept the processor busy (load {load:.1f}, {cores} cores): sparse attention suffers from that "
+        "more than full attention. It suffers less with GOMP_SPINCOUNT=3000 in the environment."
     )
 
 
