@@ -68,6 +68,7 @@ def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_compiles_in_silence(arch: int | str, kernel: Callable[[], Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "AnnAssign")  # Triton 3.7 on Python 3.13, of itself
         assert kernel().metadata.shared <= SHARED_MEMORY[arch] * 1024
 
 
