@@ -52,7 +52,8 @@ class Budget:
             share = getattr(self, name)
             if share is None:
                 continue
-            if not isinstance(share, int | float) or isinstance(share, bool):
+            # A pair, for torch.compile of torch 2.9 cannot check against a union.
+            if not isinstance(share, (int, float)) or isinstance(share, bool):
                 raise BudgetError(f"{name} must be a number in (0, 1], an int or a float, got {share!r}")
             if not 0 < share <= 1:
                 raise BudgetError(f"{name} must be in (0, 1], got {share}; 1 keeps everything")

@@ -390,7 +390,7 @@ class _Clock:
 
 
 def _permute_argument(name: str, value: Any, axis: int, dims: int, layout: TileLayout) -> Any:
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):  # torch.compile of torch 2.9 cannot check against a union
         return tuple(_permute_argument(name, one, axis, dims, layout) for one in value)
     if not isinstance(value, Tensor) or value.dim() != dims:
         return value

@@ -50,7 +50,7 @@ class ReleasedVSA:
     tile: ClassVar[tuple[int, ...]] = (4, 4, 4)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sparsity, int | float) or not 0 <= self.sparsity < 1:
+        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity < 1:
             raise BudgetError(f"sparsity must be in [0, 1), got {self.sparsity!r}; 0 keeps every tile")
         if self.counted not in get_args(Counted):
             raise BudgetError(f"counted must be 'tiles' or 'tokens', got {self.counted!r}")
