@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 # KiB that one program may have (sm_86 as sm_89): CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"; for gfx942 the local data share, of the CDNA 3 instruction set manual.
@@ -27,3 +33,16 @@ class Absent:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+
+@contextmanager
+def absent_gpu(arch: int | str, kernels: Iterable[Any]) -> Iterator[None]:
+    """Inside, these kernels are compiled for a GPU of that kind; what was compiled before and inside is forgotten."""
+    kernels = tuple(kernels)
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", Absent(TARGETS[arch]))
+        yield
+    for kernel in kernels:
+        kernel.device_caches.clear()

@@ -62,6 +62,16 @@ def check_hoist(
     assert len(reorders) - entering - 1 >= 4 * len(family_of(model).attentions(model))
 
 
+def check_mask_is_refused(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """A caller's own mask is refused, and with strict=False leaves the exact dense result."""
+    dense = run(model, inputs)
+    with openvsa.sparsify(model, density=0.3), pytest.raises(openvsa.UnsupportedError, match="attention mask"):
+        run(model, inputs)
+    lenient = SparsityConfig(density=0.3, strict=False, min_tokens=0)
+    with openvsa.sparsify(model, config=lenient), pytest.warns(UserWarning, match="dense attention instead of sparse"):
+        assert torch.equal(run(model, inputs), dense)
+
+
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return model(**inputs)[0]

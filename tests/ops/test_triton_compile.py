@@ -7,22 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from absent_gpu import SHARED_MEMORY, TARGETS, Absent
+from absent_gpu import SHARED_MEMORY, absent_gpu
 from openvsa.ops.backends import triton as triton_kernels
 
 
 @pytest.fixture(params=SHARED_MEMORY)
-def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int | str]:
-    kernels = (triton_kernels._forward_kernel, triton_kernels._dq_kernel, triton_kernels._dkv_kernel)
-    for kernel in kernels:
-        kernel.device_caches.clear()
-    monkeypatch.setattr(driver, "_active", Absent(TARGETS[request.param]))
-    yield request.param
-    for kernel in kernels:
-        kernel.device_caches.clear()
+def arch(request: pytest.FixtureRequest) -> Iterator[int | str]:
+    with absent_gpu(
+        request.param, (triton_kernels._forward_kernel, triton_kernels._dq_kernel, triton_kernels._dkv_kernel)
+    ):
+        yield request.param
 
 
 def compiled(kernel: str, launch: Any, dtype: torch.dtype, dim: int, mapped: bool) -> Any:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from triton.runtime import driver
 
-from absent_gpu import SHARED_MEMORY, TARGETS, Absent
+from absent_gpu import SHARED_MEMORY, absent_gpu
 from openvsa.layout import kernels as layout_kernels
 from openvsa.plan import kernels as plan_kernels
 from openvsa.select import kernels as select_kernels
@@ -53,15 +52,10 @@ KERNELS = {
 
 
 @pytest.fixture(params=[80, 120, "gfx942"])
-def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int | str]:
+def arch(request: pytest.FixtureRequest) -> Iterator[int | str]:
     kernels = [getattr(plan_kernels, f"_{name}_kernel") for name in ("top", "mark", "starts", "readers")]
-    kernels.append(select_kernels._scores_kernel)
-    for kernel in kernels:
-        kernel.device_caches.clear()
-    monkeypatch.setattr(driver, "_active", Absent(TARGETS[request.param]))
-    yield request.param
-    for kernel in kernels:
-        kernel.device_caches.clear()
+    with absent_gpu(request.param, [*kernels, select_kernels._scores_kernel]):
+        yield request.param
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

@@ -1,4 +1,4 @@
-"""The very problem that is timed, checked before it is timed.
+"""The very problem that is timed, checked before and after it is timed.
 
 It is too long to compute whole in fp64. Compared are single query rows of every head, all tokens of a few key blocks,
 and for each head two sums that gradients must keep, which no head that is wrong as a whole does. For the whole op,

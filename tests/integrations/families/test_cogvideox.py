@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import nn
 
 import openvsa
-from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
+from joint_family import JointFamilyTests, check_hoist, check_mask_is_refused, close, perturbed, run
 
 
 def build(patch_t: int | None = None, rotary: bool = True) -> nn.Module:
@@ -113,12 +113,7 @@ def test_fused_projections() -> None:
 def test_a_mask_of_the_callers_own_is_refused() -> None:
     model, inputs = build(), call((3, 4, 6))
     inputs["attention_kwargs"] = {"attention_mask": -4.0 * (torch.arange(7 + 72) % 5 == 0).expand(2, 1, -1)}
-    dense = run(model, inputs)
-    with openvsa.sparsify(model, density=0.3), pytest.raises(openvsa.UnsupportedError, match="attention mask"):
-        run(model, inputs)
-    lenient = openvsa.SparsityConfig(density=0.3, strict=False, min_tokens=0)
-    with openvsa.sparsify(model, config=lenient), pytest.warns(UserWarning, match="dense attention instead of sparse"):
-        assert torch.equal(run(model, inputs), dense)
+    check_mask_is_refused(model, inputs)
 
 
 def test_latents_of_another_shape_are_named() -> None:

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import Tensor, nn
 
 import openvsa
-from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
+from joint_family import JointFamilyTests, check_hoist, check_mask_is_refused, close, perturbed, run
 from openvsa.integrations.families.flux import image_grid
 
 TEXT = 7
@@ -155,12 +155,7 @@ def test_a_mask_of_the_callers_own_stays_in_raster_order() -> None:
     model, inputs = build(), call((6, 8))
     keys = torch.arange(TEXT + 48) % 5 > 0
     inputs["joint_attention_kwargs"] = {"attention_mask": keys.expand(1, 1, TEXT + 48, -1)}
-    dense = run(model, inputs)
-    with openvsa.sparsify(model, density=0.3), pytest.raises(openvsa.UnsupportedError, match="attention mask"):
-        run(model, inputs)
-    lenient = openvsa.SparsityConfig(density=0.3, strict=False, min_tokens=0)
-    with openvsa.sparsify(model, config=lenient), pytest.warns(UserWarning, match="dense attention instead of sparse"):
-        assert torch.equal(run(model, inputs), dense)
+    check_mask_is_refused(model, inputs)
 
 
 def test_a_reference_image_stays_dense() -> None:
