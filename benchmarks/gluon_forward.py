@@ -8,7 +8,7 @@ backends `hopper` and `triton`, and cuDNN's dense attention. TFLOP/s are those o
 drawn for each query block, `shared` ones eight query blocks at a time with noise. A variant is timed only if its out
 and lse are those of `hopper` to 1e-2 of their norm; one that does not compile is named and left out.
 
-Its variants have been compiled to machine code, and have not run yet (docs/dev/kernel-log.md).
+What came of it: docs/dev/kernel-log.md, the route to Hopper.
 
 The kernel knows no tails and no empty lists: every block is 64 tokens, every query block reads at least one.
 """

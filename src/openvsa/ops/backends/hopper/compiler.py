@@ -65,7 +65,7 @@ _SHAPES = {
     ("forward", 128): _Shape(2, 1, {"STAGES": 3}),
     ("forward_wide", 64): _Shape(1, 2, {"KEY_STAGES": 6, "VALUE_STAGES": 8}),
     ("forward_wide", 128): _Shape(1, 2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),
-    ("dq", 64): _Shape(2, 1, {"STAGES": 6}),
+    ("dq", 64): _Shape(3, 1, {"STAGES": 3}, producer_registers=32, consumer_registers=160),
     ("dq", 128): _Shape(2, 1, {"STAGES": 3}),
     ("dq_wide", 64): _Shape(1, 2, {"STAGES": 12}),
     ("dq_wide", 128): _Shape(1, 2, {"STAGES": 6}),
