@@ -68,6 +68,13 @@ def test_malformed_lens_are_refused(lens: list[int]) -> None:
         BlockOffsets(lens)
 
 
+def test_more_tokens_than_int32_counts_are_refused() -> None:
+    assert BlockOffsets([2**31 - 1]).on(torch.device("cpu")).tolist() == [0, 2**31 - 1]
+    for make in (lambda: BlockOffsets([2**30, 2**30]), lambda: BlockOffsets.of([0, 2**31])):
+        with pytest.raises(PlanError, match=r"at most 2,147,483,647 tokens in all, .* int32, got 2,147,483,648"):
+            make()
+
+
 def test_the_repr_says_how_long_blocks_are() -> None:
     assert repr(BlockOffsets([4, 4])) == "BlockOffsets(2 blocks of 4 tokens, 8 in all)"
     assert repr(BlockOffsets([4, 1])) == "BlockOffsets(2 blocks of 1 to 4 tokens, 5 in all)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise, product
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import openvsa
 from helpers import DEVICE, LATTICES
-from openvsa import OpenVSAError, ShapeError, TileLayout
+from openvsa import BlockPlan, OpenVSAError, ShapeError, TileLayout
 
 DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64,
@@ -195,8 +197,14 @@ def test_layouts_are_values() -> None:
         (((4, 4), (2, 2), 0, 1.5), r"suffix must be a number of tokens >= 0, got 1\.5"),
         (((True, 4), (2, 2)), r"grid must be a tuple of positive integers.*\(True, 4\)"),
         (((4, 4), (2, 2), True), "prefix must be a number of tokens >= 0, got True"),
+        (((10**6, 10**6), (10**3, 10**3)), "at most 2,147,483,647 tokens, because .* int32, got 1,000,000,000,000 "),
+        (((4, 4), (2, 2), 2**31 - 16), "at most 2,147,483,647 tokens.*, got 2,147,483,648 .*prefix 2147483632"),
+        (((4, 4), (2, 2), 0, 10**30), "at most 2,147,483,647 tokens"),
+        ((range(1, 10**12), (2, 2)), "grid must have at most 64 numbers"),
+        (((1,) * 1100, (1,) * 1100), "grid must have at most 64 numbers, one for each axis"),
     ],
 )
+@pytest.mark.timeout(10)  # refused before any work, also where the work would never end
 def test_malformed_layouts_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         TileLayout(*arguments)
@@ -224,6 +232,21 @@ def test_on_moves_and_returns_the_layout() -> None:
     layout = TileLayout((3, 4, 5), (2, 2, 2))
     assert layout.on(DEVICE) is layout
     assert layout.on(str(DEVICE)).permute(torch.arange(60, device=DEVICE), 0).tolist() == layout.permutation.tolist()
+
+
+@pytest.mark.parametrize("device", ["bogus", "cpu:x", None, 3.5])
+def test_what_names_no_device_is_refused(device: object) -> None:
+    layout = TileLayout((4, 4), (2, 2))
+    plan = BlockPlan.dense(layout.blocks, layout.blocks)
+    module = openvsa.nn.VideoSparseAttention(8, 1)
+    for call in (
+        lambda: layout.on(device),
+        lambda: plan.to(device),
+        lambda: BlockPlan.dense(layout.blocks, layout.blocks, device),
+        lambda: module.layout((4, 4), device=device),
+    ):
+        with pytest.raises(ShapeError, match=re.escape(f"such as 'cpu' or 'cuda:0', got {device!r}")):
+            call()
 
 
 def test_numbers_may_be_of_numpy_or_torch() -> None:

@@ -22,7 +22,18 @@ def best_tile(grid: tuple[int, ...], max_block: int) -> tuple[int, ...]:
 
 
 def _tiles(grid: tuple[int, ...], max_block: int) -> Iterator[tuple[int, ...]]:
-    """Tiles whose sides are within MAX_ASPECT of each other, sides that span the grid excepted."""
+    """Tiles whose sides are within MAX_ASPECT of each other, sides that span the grid excepted; of these, all that can
+    be the best.
+
+    A side that can be shorter and still cuts its axis into as many parts makes a smaller surface, so the best tile has
+    none, but for sides that MAX_ASPECT keeps from being shorter.
+    """
+    # Every ceil(g / parts): where there are more than sqrt(g) parts, the side is at most sqrt(g).
+    shortest = [{size for n in range(1, math.isqrt(g) + 2) for size in (n, -(-g // n)) if size <= g} for g in grid]
+    kept_long = {-(-side // MAX_ASPECT) for sides in shortest for side in sides}
+    candidates = [
+        sorted(sides | {side for side in kept_long if side < g}) for sides, g in zip(shortest, grid, strict=True)
+    ]
 
     def extend(tile: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         axis = len(tile)
@@ -31,7 +42,10 @@ def _tiles(grid: tuple[int, ...], max_block: int) -> Iterator[tuple[int, ...]]:
             if not free or max(tile) <= MAX_ASPECT * min(free):
                 yield tile
             return
-        for side in range(1, min(grid[axis], max_block // math.prod(tile)) + 1):
+        room = max_block // math.prod(tile)
+        for side in candidates[axis]:
+            if side > room:
+                break
             yield from extend((*tile, side))
 
     yield from extend(())

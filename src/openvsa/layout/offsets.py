@@ -13,7 +13,9 @@ from torch import Tensor
 from openvsa.errors import PlanError
 from openvsa.layout.keep import as_computed_here, build_to_keep, can_keep
 
-__all__ = ["BlockOffsets"]
+__all__ = ["MAX_TOKENS", "BlockOffsets"]
+
+MAX_TOKENS = 2**31 - 1  # offsets are int32
 
 
 class BlockOffsets:
@@ -32,7 +34,7 @@ class BlockOffsets:
         uniform_len: the length that all blocks have (the last one may be shorter), or None if they differ.
 
     Raises:
-        PlanError: a length is not a positive integer, or there is no block.
+        PlanError: a length is not a positive integer, there is no block, or the tokens are more than int32 can count.
     """
 
     __slots__ = ("_on_device", "lens", "max_len", "num_tokens", "uniform_len")
@@ -46,6 +48,11 @@ class BlockOffsets:
             )
         self.lens = lens = tuple(whole)
         self.num_tokens = sum(lens)
+        if self.num_tokens > MAX_TOKENS:
+            raise PlanError(
+                f"blocks may hold at most {MAX_TOKENS:,} tokens in all, because block offsets are int32, got "
+                f"{self.num_tokens:,}; check the lengths, or split the sequence"
+            )
         self.max_len = max(lens)
         alike = all(n == lens[0] for n in lens[:-1]) and lens[-1] <= lens[0]
         self.uniform_len = lens[0] if alike else None

@@ -6,21 +6,23 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from openvsa.errors import ShapeError
-from openvsa.layout.device import has_kernels
+from openvsa.layout.device import as_device, has_kernels
 from openvsa.layout.fit import best_tile
 from openvsa.layout.keep import as_computed_here, build_to_keep, can_keep
-from openvsa.layout.offsets import BlockOffsets
+from openvsa.layout.offsets import MAX_TOKENS, BlockOffsets
 from openvsa.layout.reorder import from_blocks, to_blocks
 from openvsa.torch_op import is_transformed
 
 __all__ = ["TileLayout", "check_layout", "sides", "whole"]
+
+_MOST_AXES = 64  # as torch's own tensors
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TileLayout:
         q_blocks: those of the query blocks; `blocks` itself if a query block is one tile.
 
     Raises:
-        ShapeError: a number is not positive, or grid and tile differ in rank.
+        ShapeError: a number is not positive, grid and tile differ in rank, or S is more than int32 can count.
     """
 
     grid: tuple[int, ...]
@@ -83,6 +85,7 @@ class TileLayout:
             raise ShapeError(f"q_tiles must have one number per axis, got q_tiles={q_tiles} for tile={tile}")
         for name in ("prefix", "suffix"):
             object.__setattr__(self, name, whole(name, getattr(self, name), 0))
+        num_tokens = _count_tokens(grid, self.prefix, self.suffix)
         tile = tuple(min(t, g) for t, g in zip(tile, grid, strict=True))
         tile_grid = tuple(-(-g // t) for g, t in zip(grid, tile, strict=True))
         q_tiles = tuple(min(n, along) for n, along in zip(q_tiles, tile_grid, strict=True))
@@ -94,7 +97,7 @@ class TileLayout:
             "grid": grid,
             "tile": tile,
             "q_tiles": q_tiles,
-            "num_tokens": self.prefix + math.prod(grid) + self.suffix,
+            "num_tokens": num_tokens,
             "tile_grid": tile_grid,
             "num_tiles": math.prod(tile_grid),
             "tile_blocks": slice(before, before + math.prod(tile_grid)),
@@ -129,7 +132,9 @@ class TileLayout:
         Raises:
             ShapeError: `grid` or `max_block` is not positive, or as for the class.
         """
-        return cls(grid, best_tile(sides("grid", grid), whole("max_block", max_block, 1)), prefix, suffix, q_tiles)
+        grid, prefix, suffix = sides("grid", grid), whole("prefix", prefix, 0), whole("suffix", suffix, 0)
+        _count_tokens(grid, prefix, suffix)
+        return cls(grid, best_tile(grid, whole("max_block", max_block, 1)), prefix, suffix, q_tiles)
 
     @property
     def num_blocks(self) -> int:
@@ -180,8 +185,12 @@ class TileLayout:
 
     def on(self, device: torch.device | str) -> TileLayout:
         """This layout, its index tensors copied to `device` ahead of use (otherwise the first use copies them,
-        and a first use inside torch.compile copies them in every call)."""
-        device = torch.device(device)
+        and a first use inside torch.compile copies them in every call).
+
+        Raises:
+            ShapeError: `device` names none.
+        """
+        device = as_device(device)
         for inverse in (False, True):
             self._index(device, inverse=inverse)
         for blocks in (self.blocks, self.q_blocks):
@@ -284,6 +293,18 @@ def check_layout(layout: object) -> None:
         )
 
 
+def _count_tokens(grid: tuple[int, ...], prefix: int, suffix: int) -> int:
+    """S. Raises ShapeError if block offsets, which are int32, cannot count so far."""
+    tokens = prefix + math.prod(grid) + suffix
+    if tokens > MAX_TOKENS:
+        raise ShapeError(
+            f"a layout may have at most {MAX_TOKENS:,} tokens, because block offsets are int32, got {tokens:,} "
+            f"(grid {grid}, prefix {prefix}, suffix {suffix}); sides are in tokens, after patches: check them, or "
+            "split the sequence"
+        )
+    return tokens
+
+
 def whole(name: str, count: object, least: int) -> int:
     """A number of tokens as an integer; `name` says in the error which it is."""
     try:
@@ -298,9 +319,11 @@ def whole(name: str, count: object, least: int) -> int:
 def sides(name: str, given: Iterable[int]) -> tuple[int, ...]:
     """Numbers along each axis as a tuple of integers; `name` says in the error whose they are."""
     try:
-        values = tuple(0 if isinstance(n, bool) else operator.index(n) for n in given)
+        values = tuple(0 if isinstance(n, bool) else operator.index(n) for n in islice(given, _MOST_AXES + 1))
     except TypeError:
         values = ()
     if not values or min(values) < 1:
         raise ShapeError(f"{name} must be a tuple of positive integers such as (21, 30, 52), got {given!r}")
+    if len(values) > _MOST_AXES:
+        raise ShapeError(f"{name} must have at most {_MOST_AXES} numbers, one for each axis, got more")
     return values

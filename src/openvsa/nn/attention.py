@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from openvsa.config import Budget
 from openvsa.errors import BudgetError, ShapeError
 from openvsa.layout import TileLayout
+from openvsa.layout.device import as_device
 from openvsa.layout.shelf import kept_layout
 from openvsa.nn.functional import video_sparse_attention
 from openvsa.select import Selector
@@ -102,7 +103,7 @@ class VideoSparseAttention(nn.Module):
         if self.tile is None or (isinstance(self.tile, str) and self.tile != "fit"):
             raise ShapeError(f"tile must be a tuple of sides or 'fit', got {self.tile!r}")
         tile = None if isinstance(self.tile, str) else self.tile
-        return kept_layout(grid, tile, self.q_tiles, prefix, suffix, torch.device(device))
+        return kept_layout(grid, tile, self.q_tiles, prefix, suffix, as_device(device))
 
     def forward(
         self, x: Tensor, grid: tuple[int, ...], rope: Rope | None = None, *, prefix: int = 0, suffix: int = 0

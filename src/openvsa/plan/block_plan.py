@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from openvsa.config import Budget
 from openvsa.errors import PlanError
 from openvsa.layout import BlockOffsets
+from openvsa.layout.device import as_device
 from openvsa.layout.keep import values_known
 from openvsa.plan import convert
 from openvsa.plan.coarsen import coarsen_lists, grouped, pieces, refine_lists
@@ -169,7 +170,12 @@ class BlockPlan:
 
     @classmethod
     def dense(cls, q_offsets: Offsets, kv_offsets: Offsets, device: torch.device | str = "cpu") -> BlockPlan:
-        """Every query block reads every key block."""
+        """Every query block reads every key block.
+
+        Raises:
+            ShapeError: `device` names none.
+        """
+        device = as_device(device)
         q_blocks, kv_blocks = BlockOffsets.of(q_offsets), BlockOffsets.of(kv_offsets)
         num_q, num_kv = q_blocks.num_blocks, kv_blocks.num_blocks
         counts = torch.full((1, 1, num_q), num_kv, dtype=torch.int32, device=device)
@@ -339,8 +345,13 @@ class BlockPlan:
         return costs[0] / costs[1]
 
     def to(self, device: torch.device | str) -> BlockPlan:
-        """The same plan on another device."""
-        if torch.device(device) == self.device:
+        """The same plan on another device.
+
+        Raises:
+            ShapeError: `device` names none.
+        """
+        device = as_device(device)
+        if device == self.device:
             return self
         return BlockPlan(self.kv_num_blocks.to(device), self.kv_indices.to(device), self.q_blocks, self.kv_blocks)
 
@@ -385,6 +396,7 @@ class BlockPlan:
 
         Raises:
             PlanError: the file is missing, damaged or not a plan.
+            ShapeError: `device` names none.
         """
         return cls(*convert.load_lists(path)).to(device)
 
