@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import openvsa
 from openvsa import Budget, SparsityConfig
@@ -112,6 +114,28 @@ def test_a_file_may_name_a_selector_alone(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text("density: 0.1\nselector: PooledTopK\n")
     assert SparsityConfig.load(path) == SparsityConfig(density=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("density: 0.1\n1: 2\n", "unknown settings 1; known are density"),
+        ("density: 0.1\nsteps:\n", "steps must be a mapping .* got None"),
+        ("density: 0.1\nsteps: {1.7: 0.5}\n", r"steps must be a mapping .* got \{1\.7: 0\.5\}"),
+    ],
+)
+def test_what_only_yaml_can_get_wrong_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(openvsa.OpenVSAError, match=said):
+        SparsityConfig.load(path)
+
+
+def test_a_table_may_be_yaml(tmp_path: Path) -> None:
+    table = BudgetTable(0.3, {"blocks.0.attn1": (0.2, 0.4)}, (1, 2, 2))
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump(json.loads(table.to_json())))
+    assert SparsityConfig.load(path) == SparsityConfig.of_table(table)
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

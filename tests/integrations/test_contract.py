@@ -5,18 +5,21 @@ Run also with the oldest Diffusers that pyproject.toml allows.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache, apply_layerwise_casting
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from openvsa.integrations.families import family_of, supported
 from openvsa.integrations.intercept import Interception
+from openvsa.integrations.session import _TOKENWISE_HOOKS
 from tiny_wan import text, tiny_wan
 
 # What families read from a forward, and attachment from a model.
@@ -75,6 +78,20 @@ def test_wan_has_the_places_where_tokens_enter_and_leave() -> None:
     assert shapes[model.patch_embedding] == [(1, 48, 3, 5, 7)]
     assert shapes[model.proj_out] == [(1, 105, 16)]
     assert model.is_cache_enabled is False
+
+
+def test_caches_and_other_hooks_are_found_at_the_modules() -> None:
+    model = tiny_wan()
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.1))
+    apply_layerwise_casting(model, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    found = {
+        type(hook).__module__
+        for module in model.modules()
+        if hasattr(module, "_diffusers_hook")
+        for hook in module._diffusers_hook.hooks.values()
+    }
+    assert found == {"diffusers.hooks.first_block_cache", "diffusers.hooks.layerwise_casting"}
+    assert all(importlib.import_module(name) for name in _TOKENWISE_HOOKS)
 
 
 def test_wan_processors_end_in_one_attention_call() -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanTransformer3DModel
+from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
@@ -23,6 +24,7 @@ from torch.nn import functional
 
 import openvsa
 from openvsa import SparsityConfig
+from openvsa.integrations.families.wan import Wan
 from openvsa.integrations.intercept import Interception
 from openvsa.integrations.report import AttentionEvent
 from openvsa.layout import shelf
@@ -274,6 +276,63 @@ def test_a_cache_across_steps_keeps_raster_order() -> None:
         assert handle._session.forward.hoisted is False
         run(model, 700.0, prompt)
         assert handle._session.forward.hoisted is False
+
+
+def first_block_cache(model: Any) -> None:
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=10.0))
+
+
+def pyramid_attention_broadcast(model: Any) -> None:
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_block_identifiers=["blocks"],
+        current_timestep_callback=lambda: 500,
+    )
+    apply_pyramid_attention_broadcast(model, config)
+
+
+@pytest.mark.parametrize("put", [first_block_cache, pyramid_attention_broadcast])
+@pytest.mark.parametrize("first", ["cache", "attach"])
+def test_a_cache_put_in_place_by_its_function_keeps_raster_order(
+    put: Any, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model does not know of it, and says that no cache is enabled."""
+    prompt, levels = text(), (700.0, 690.0, 680.0)
+
+    def outputs() -> list[Tensor]:
+        model = tiny_wan(3)
+        for step in (put, lambda model: attach(model, dense_first_steps=1))[:: 1 if first == "cache" else -1]:
+            step(model)
+        assert not model.is_cache_enabled
+        with model.cache_context("cond"):
+            return [run(model, level, prompt) for level in levels]
+
+    ours = outputs()
+    monkeypatch.setattr(Wan, "hoist", lambda self, transformer: None)
+    for one, apart in zip(ours, outputs(), strict=True):
+        torch.testing.assert_close(one, apart)
+
+
+@pytest.mark.parametrize("first", ["offload", "attach"])
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_weights_that_are_offloaded_in_groups(first: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are put in order once all the same."""
+    # Diffusers 0.40 cannot do so without an accelerator.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    model, reference, cpu = tiny_wan(), tiny_wan(), torch.device("cpu")
+    dense = run(model)
+    with attach(reference):
+        sparse = run(reference)
+    if first == "attach":
+        handle = attach(model)
+    blocks = 1 if kind == "block_level" else None
+    model.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=blocks)
+    if first == "offload":
+        handle = attach(model)
+    assert torch.equal(run(model), sparse)
+    assert handle._session.forward.hoisted
+    handle.detach()
+    assert torch.equal(run(model), dense)
 
 
 # -- attention backends, masks, settings that are not strict -------------------------------------------------------

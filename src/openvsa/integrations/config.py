@@ -248,14 +248,15 @@ class SparsityConfig:
         known = [entry.name for entry in dataclasses.fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
-            raise OpenVSAError(f"unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+            raise OpenVSAError(f"unknown settings {', '.join(map(str, unknown))}; known are {', '.join(known)}")
         try:
             if values.get("budget") is not None:
                 values["budget"] = Budget(**values["budget"])
             if "selector" in values:
                 values["selector"] = _selector_from_dict(values["selector"])
-            # The keys of a JSON object are strings.
-            values["steps"] = {int(step): share for step, share in values.get("steps", {}).items()}
+            steps = values.get("steps")
+            if isinstance(steps, Mapping):  # the keys of a JSON object are strings
+                values["steps"] = {int(of) if isinstance(of, str) else of: share for of, share in steps.items()}
             return cls(**values)
         except OpenVSAError:
             raise
@@ -300,7 +301,7 @@ class SparsityConfig:
         if not isinstance(values, dict):
             raise OpenVSAError(f"the settings {str(path)!r} must be an object of names and values, got {values!r}")
         if "format" in values:
-            return cls.of_table(BudgetTable.from_json(text))
+            return cls.of_table(BudgetTable.from_json(json.dumps(values)))
         return cls.from_dict(values)
 
     @classmethod

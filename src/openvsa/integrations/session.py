@@ -389,6 +389,10 @@ class _Clock:
         return self._stop - self._start
 
 
+# What Diffusers' hooks of these modules do to hidden states, they do to each token alone and in this forward alone.
+_TOKENWISE_HOOKS = {f"diffusers.hooks.{name}" for name in ("group_offloading", "layerwise_casting", "layer_skip")}
+
+
 def _permute_argument(name: str, value: Any, axis: int, dims: int, layout: TileLayout) -> Any:
     if isinstance(value, (list, tuple)):  # torch.compile of torch 2.9 cannot check against a union
         return tuple(_permute_argument(name, one, axis, dims, layout) for one in value)
@@ -412,6 +416,7 @@ class Site:
     processors: list[SparseProcessor] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     places: tuple[tuple[str, nn.Module], ...] = field(init=False)  # names in the transformer, and what has the hooks
+    modules: tuple[nn.Module, ...] = field(init=False)  # all of the transformer
 
     def __post_init__(self) -> None:
         self.processors = [processor for _, processor in self.attentions]
@@ -421,6 +426,7 @@ class Site:
         self.places = tuple(
             (name, module) for name, module in self.transformer.named_modules() if any(module is one for one in hooked)
         )
+        self.modules = tuple(self.transformer.modules())
 
     def begin_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -436,8 +442,7 @@ class Site:
         dense = self._decide(sequence, timestep, condition, variant, device)
         for attn, processor in () if dense else self.attentions:
             processor.check_place(attn)
-        if dense or self.hoist is None or getattr(module, "is_cache_enabled", False):
-            # A cache holds hidden states of other steps, whose order may be another.
+        if dense or self.hoist is None or self._has_cache():
             return None
         if self.family.needs_raster_order((), arguments):
             return None
@@ -450,6 +455,21 @@ class Site:
             if name in arguments:
                 arguments[name] = _permute_argument(name, arguments[name], axis, dims, forward.left)
         return (), arguments
+
+    def _has_cache(self) -> bool:
+        """Whether something may hold hidden states of other steps, whose order may be another: a cache of Diffusers,
+        however it was put in place (`enable_cache`, or `apply_first_block_cache` and its like), or an unknown hook."""
+        if getattr(self.transformer, "is_cache_enabled", False):
+            return True
+        if torch.compiler.is_compiling():  # it has no steps
+            return False
+        registries = (module.__dict__.get("_diffusers_hook") for module in self.modules)
+        return any(
+            type(hook).__module__ not in _TOKENWISE_HOOKS
+            for registry in registries
+            if registry is not None
+            for hook in registry.hooks.values()
+        )
 
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the transformer."""

@@ -87,6 +87,17 @@ def test_replaced_first_frames_stay_in_place() -> None:
     assert family_of(build("token_replace")).hoist(build("token_replace")) is None
 
 
+def test_one_prompt_for_a_batch() -> None:
+    """As the pipeline calls it for several videos of a prompt that is given as its embedding."""
+    model, inputs = build(), call((3, 4, 6), (4, 4))
+    inputs |= {name: inputs[name][:1] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+    dense = run(model, inputs)
+    assert len(dense) == 2
+    with openvsa.sparsify(model, density=1.0) as handle:
+        close(run(model, inputs), dense)
+        assert handle.report().layers[0].sparse_calls == 1
+
+
 def test_padding_is_never_read() -> None:
     model, inputs = build(), call((3, 4, 6), (4, TEXT))
     with openvsa.sparsify(model, density=0.3):

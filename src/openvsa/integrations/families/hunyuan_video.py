@@ -31,7 +31,10 @@ class HunyuanVideo(Family):
         latents: Tensor = argument(transformer, "hidden_states", args, kwargs)  # [B, C, T, H, W]
         mask: Tensor = argument(transformer, "encoder_attention_mask", args, kwargs)  # [B, text], 0 is padding
         grid = latent_grid(latents, (2, 3, 4), (config.patch_size_t, config.patch_size, config.patch_size))
-        return Sequence(grid, suffix=mask.shape[1], text_lengths=tuple(int(n) for n in mask.sum(dim=1).tolist()))
+        lengths = tuple(int(n) for n in mask.sum(dim=1).tolist())
+        # The transformer lets one prompt serve a batch: so do pipelines, given its embedding and num_videos_per_prompt.
+        lengths = lengths * len(latents) if len(lengths) == 1 else lengths
+        return Sequence(grid, suffix=mask.shape[1], text_lengths=lengths)
 
     def hoist(self, transformer: Any) -> Hoist | None:
         if transformer.config.image_condition_type == "token_replace":  # its blocks modulate the first frame apart
