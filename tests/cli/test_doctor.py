@@ -11,10 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from openvsa import ShapeError
+from openvsa import BlockPlan, ShapeError
 from openvsa.cli.doctor import Question, examine
 from openvsa.ops import registry
-from openvsa.ops.capability import Backend
+from openvsa.ops.capability import Backend, Problem
 from openvsa.ops.registry import backends, choose
 
 CPU = torch.device("cpu")
@@ -25,6 +25,7 @@ QUESTIONS = (
     Question(block="128x64"),
     Question(head_dim=80, block="128", dtype="float16"),
     Question(block="200", tokens=1000, heads=2, head_dim=512, dtype="float64"),
+    Question(block="128", heads=8, kv_heads=2, batch=70000, kv_tokens=77, head_dim_v=64, deterministic=True),
 )
 
 
@@ -69,6 +70,29 @@ def test_it_says_which_one_auto_takes() -> None:
     assert cells_of(examined(), "auto")[2:4] == [f"takes {choose(problem).name}"] * 2
 
 
+def test_a_question_is_the_problem_of_a_call() -> None:
+    """Of one with grouped heads, other keys than queries, a batch, and torch's deterministic mode."""
+    q, k, v = torch.empty(3, 40, 8, 32), torch.empty(3, 24, 2, 32), torch.empty(3, 24, 2, 16)
+    plan = BlockPlan.dense([0, 10, 20, 30, 40], [0, 8, 16, 24])
+    torch.use_deterministic_algorithms(True)
+    try:
+        problem = Problem.of(q, k, v, plan)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    question = Question(32, "10x8", False, "float32", 40, 8, 16, 24, 2, 3, True)
+    assert question.problem(CPU, training=False) == problem
+
+
+def test_what_is_asked_is_said_and_counts() -> None:
+    report = examined(Question(heads=8, kv_heads=2, batch=70000, kv_tokens=77, head_dim_v=64, deterministic=True))
+    report = report.split("backends on cpu")[1]
+    form = "head_dim 128 (64 of v), float32, 32,768 tokens (77 of k and v), 8 heads (2 of k and v), batch 70,000, "
+    assert form + "deterministic" in report
+    assert "needs v to have the head_dim of q, 128, not 64" in "".join(rows_of(report, "triton"))
+    assert "takes a batch of at most 65535, not 70000" in "".join(rows_of(report, "triton"))
+    assert "training: its gradients differ in the last bits" in "".join(rows_of(report, "fa4"))
+
+
 def test_every_kind_of_gpu_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two H100 and a V100 between them: each kind once, by its own capability."""
     capabilities = [(9, 0), (7, 0), (9, 0)]
@@ -110,6 +134,7 @@ def test_a_backend_that_auto_leaves_out_can_be_had_by_name(monkeypatch: pytest.M
         ({"block": "big"}, "got 'big'"),
         ({"dtype": "bf16"}, "dtype must be the name of a torch dtype such as bfloat16, got 'bf16'"),
         ({"dtype": "zeros"}, "got 'zeros'"),
+        ({"kv_heads": 5}, "heads must be a multiple of kv_heads, got 12 and 5"),
     ],
 )
 def test_a_question_that_makes_no_sense_is_refused(wrong: dict[str, str], message: str) -> None:

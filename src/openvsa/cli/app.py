@@ -261,10 +261,20 @@ def doctor(
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on a GPU, float32 on the CPU.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Length of the sequence.")] = 32768,
     heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 12,
+    head_dim_v: Annotated[int | None, typer.Option(min=1, help="Channels of a head of v, if others.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of k and v, if others.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Heads of k and v, if fewer (grouped heads).")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in the batch.")] = 1,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="As torch's mode: the same bits in every run.")
+    ] = False,
 ) -> None:
     """Say what can run on this machine, and for a problem which backend takes it and why not the others."""
     from rich.console import Console
 
     from openvsa.cli.doctor import Question, examine
 
-    examine(Console(), Question(head_dim, block, ragged, dtype, tokens, heads))
+    question = Question(
+        head_dim, block, ragged, dtype, tokens, heads, head_dim_v, kv_tokens, kv_heads, batch, deterministic
+    )
+    examine(Console(), question)

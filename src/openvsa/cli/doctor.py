@@ -30,15 +30,17 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Question:
-    """The problem that backends are asked about: self-attention over `tokens` tokens of `heads` heads.
+    """The problem that backends are asked about: attention over `tokens` tokens with `heads` heads.
 
     Args:
         block: tokens of query and key blocks: "64", or "128x64" for query blocks of 128 over key blocks of 64.
         ragged: whether blocks differ in length, as where the tile does not divide the lattice.
         dtype: by default bfloat16 on a GPU and float32 on the CPU.
+        head_dim_v, kv_tokens, kv_heads: of values and keys; None means as of queries.
+        deterministic: as after torch.use_deterministic_algorithms(True).
 
     Raises:
-        ShapeError: `block` or `dtype` is not of these forms.
+        ShapeError: `block` or `dtype` is not of these forms, or `heads` is no multiple of `kv_heads`.
     """
 
     head_dim: int = 128
@@ -47,6 +49,11 @@ class Question:
     dtype: str | None = None
     tokens: int = 32768
     heads: int = 12
+    head_dim_v: int | None = None
+    kv_tokens: int | None = None
+    kv_heads: int | None = None
+    batch: int = 1
+    deterministic: bool = False
 
     def problem(self, device: torch.device, *, training: bool) -> Problem:
         """As the registry sees it, for tensors on `device`."""
@@ -56,22 +63,25 @@ class Question:
         dtype = getattr(torch, self.dtype or ("float32" if device.type == "cpu" else "bfloat16"), None)
         if not isinstance(dtype, torch.dtype):
             raise ShapeError(f"dtype must be the name of a torch dtype such as bfloat16, got {self.dtype!r}")
+        kv_heads = self.kv_heads or self.heads
+        if self.heads % kv_heads:
+            raise ShapeError(f"heads must be a multiple of kv_heads, got {self.heads} and {kv_heads}")
         return Problem(
             device_type=device.type,
             capability=capability_of(device),
             dtype=dtype,
             head_dim=self.head_dim,
-            head_dim_v=self.head_dim,
-            batch=1,
+            head_dim_v=self.head_dim_v or self.head_dim,
+            batch=self.batch,
             num_heads=self.heads,
-            num_kv_heads=self.heads,
+            num_kv_heads=kv_heads,
             q_tokens=self.tokens,
-            kv_tokens=self.tokens,
+            kv_tokens=self.kv_tokens or self.tokens,
             max_q_block=int(sizes[0]),
             max_kv_block=int(sizes[-1]),
             uniform=not self.ragged,
             needs_grad=training,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            deterministic=self.deterministic,
         )
 
 
@@ -130,13 +140,8 @@ def _extras() -> Table:
 
 def _backends(device: torch.device, question: Question) -> Table:
     inference, training = (question.problem(device, training=grad) for grad in (False, True))
-    form = (
-        f"blocks of {question.block}{' and fewer' if question.ragged else ''} tokens, head_dim {inference.head_dim}, "
-        f"{str(inference.dtype).removeprefix('torch.')}, {question.tokens:,} tokens, {question.heads} heads"
-    )
-    table = Table(
-        "backend", "inference", "training", "why not", title=f"backends on {device}, in the order of auto\n{form}"
-    )
+    title = f"backends on {device}, in the order of auto\n{_form(question, inference)}"
+    table = Table("backend", "inference", "training", "why not", title=title)
     for backend in backends():
         reasons, when_training = _reasons(backend, inference), _reasons(backend, training)
         why = [*reasons, *(f"training: {reason}" for reason in when_training if reason not in reasons)]
@@ -144,6 +149,20 @@ def _backends(device: torch.device, question: Question) -> Table:
     table.add_section()
     table.add_row("auto", _taken(inference), _taken(training), "")
     return table
+
+
+def _form(question: Question, problem: Problem) -> str:
+    """The problem in words; numbers of k and v where they were given."""
+    parts = [
+        f"blocks of {question.block}{' and fewer' if question.ragged else ''} tokens",
+        f"head_dim {problem.head_dim}" + (f" ({problem.head_dim_v} of v)" if question.head_dim_v else ""),
+        str(problem.dtype).removeprefix("torch."),
+        f"{problem.q_tokens:,} tokens" + (f" ({problem.kv_tokens:,} of k and v)" if question.kv_tokens else ""),
+        f"{problem.num_heads} heads" + (f" ({problem.num_kv_heads} of k and v)" if question.kv_heads else ""),
+        f"batch {problem.batch:,}" if problem.batch != 1 else "",
+        "deterministic" if problem.deterministic else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _reasons(backend: Backend, problem: Problem) -> list[str]:
