@@ -226,6 +226,14 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
                 {},
             )
         for site in sites:
+            heads, _ = site.family.heads(site.transformer)
+            for processor in site.processors:
+                shares = config.layers.get(processor.name)
+                if isinstance(shares, tuple) and len(shares) != heads:
+                    raise BudgetError(
+                        f"{processor.name} has {heads} heads, but the settings have {len(shares)} densities for it"
+                    )
+        for site in sites:
             site.dense_layers = dense
             warn_without_branch(config, [attn for attn, _ in site.attentions])
     session.config = config

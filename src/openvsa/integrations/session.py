@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from openvsa.config import Budget
-from openvsa.errors import BudgetError, OpenVSAError, ShapeError, UnsupportedError
+from openvsa.errors import OpenVSAError, ShapeError, UnsupportedError
 from openvsa.integrations.break_even import objection, share_of
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, Hoist, Sequence
@@ -24,7 +24,7 @@ from openvsa.integrations.families.base import forward_names
 from openvsa.integrations.intercept import SparseProcessor
 from openvsa.integrations.report import AttentionCallback, AttentionEvent
 from openvsa.integrations.reuse import Kept, KeptPlans
-from openvsa.integrations.steps import StepClock, count_steps
+from openvsa.integrations.steps import StepClock, count_steps, warn_if_all_dense
 from openvsa.integrations.tally import Tally
 from openvsa.layout import TileLayout
 from openvsa.layout.shelf import kept_layout
@@ -274,10 +274,6 @@ class Session:
                         )
                     else:
                         plan = config.selector(q, k, layout, budget)
-                elif len(budget) != q.shape[2]:
-                    raise BudgetError(
-                        f"{processor.name} has {q.shape[2]} heads, but the settings have {len(budget)} densities for it"
-                    )
                 else:
                     plan = select_by_head(config.selector, q, k, layout, budget)
                 if kept is not None:
@@ -590,6 +586,9 @@ class Site:
                 "Call transformer.eval(), or leave out steps, dense_first_steps, dense_last_steps and reuse_steps",
                 {},
             )
-        if self.session.clock.tick(float(timestep.max()), sequence.grid, self.session.timesteps):
-            self.session.plans.clear()
-        return self.session.clock.step
+        session, timesteps = self.session, self.session.timesteps
+        if session.clock.tick(float(timestep.max()), sequence.grid, timesteps):
+            session.plans.clear()
+            if session.config is not None and timesteps is not None:
+                warn_if_all_dense(session.config, session.pipeline())
+        return session.clock.step

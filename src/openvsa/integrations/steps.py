@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from openvsa.errors import UnsupportedError
 
-__all__ = ["Branches", "StepClock", "count_steps"]
+if TYPE_CHECKING:
+    from openvsa.integrations.config import SparsityConfig
+
+__all__ = ["Branches", "StepClock", "count_steps", "warn_if_all_dense"]
 
 
 class StepClock:
@@ -54,6 +58,18 @@ def count_steps(pipeline: Any) -> int:
     # Video to video begins midway: Diffusers' pipelines have the number of those that are left.
     left = getattr(pipeline, "num_timesteps", None) or len(timesteps)
     return len(timesteps[-left:].unique())
+
+
+def warn_if_all_dense(config: SparsityConfig, pipeline: Any) -> None:
+    """Say so if no step of the generation that a pipeline begins will be sparse, as with a preset for 50 steps in a
+    pipeline of 4."""
+    steps = count_steps(pipeline)
+    if config.dense_first_steps + config.dense_last_steps >= steps:
+        warnings.warn(
+            f"all {steps} steps of this generation stay dense: dense_first_steps is {config.dense_first_steps} and "
+            f"dense_last_steps {config.dense_last_steps}; SparsityConfig.preset takes the number of steps",
+            stacklevel=2,
+        )
 
 
 class Branches:
