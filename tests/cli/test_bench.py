@@ -11,6 +11,7 @@ import pytest
 from bench_cases import SMALL
 from openvsa.bench import cases
 from openvsa.bench.cases import CASES
+from openvsa.cli import bench
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,12 @@ def test_list_names_everything(openvsa_command: Callable) -> None:
     assert outcome.status == 0
     for name in (*CASES, "quick", "flagship", "dense-fa4", "fastvideo", "cpu"):
         assert name in outcome.out
+
+
+def test_list_shows_a_remedy_whole(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its brackets are none of Rich's marks."""
+    monkeypatch.setattr(bench, "_reasons", lambda *about: ["pip install 'a[b]'"])
+    assert "pip install 'a[b]'" in openvsa_command("bench", "--list").out
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,12 @@ def test_a_question_that_makes_no_sense_is_refused(wrong: dict[str, str], messag
         examined(replace(QUESTION, **wrong))
 
 
+def test_a_remedy_in_a_reason_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its brackets are none of Rich's marks."""
+    monkeypatch.setattr(registry, "_BACKENDS", (replace(backends()[0], available=lambda _: ["pip install 'a[b]'"]),))
+    assert "pip install 'a[b]'" in examined().split("backends on cpu")[1]
+
+
 def test_versions_are_shown() -> None:
     assert torch.__version__ in examined()
 

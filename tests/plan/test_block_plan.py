@@ -346,6 +346,13 @@ def test_without_safetensors_the_error_names_the_extra(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_saving_without_numpy_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors is imported without it, and fails in the middle."""
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(MissingExtraError, match=r"'numpy'.*pip install 'openvsa\[io\]'"):
+        BlockPlan.dense([0, 2], [0, 2]).save(tmp_path / "plan")
+
+
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, target: Path) -> None:
         raise KeyboardInterrupt

@@ -129,7 +129,7 @@ def run_audit(
     if budget is not None and found.table is not None:
         with atomic_path(budget) as temporary:
             found.table.save(temporary)
-    console.print(_summary(figures, page, budget), highlight=False, soft_wrap=True)
+    console.print(_summary(figures, page, budget), markup=False, highlight=False, soft_wrap=True)
     return page
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -82,7 +83,7 @@ def print_end(record: dict[str, Any], path: Path | None, console: Console) -> No
         spent = record["settings"]["seconds"]
         console.print(f"{spent:g} s are spent; not run: {', '.join(record['not_run'])}", highlight=False)
     if path is not None:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def compare_files(before: Path, after: Path, threshold: float, console: Console | None = None) -> int:
@@ -97,7 +98,9 @@ def compare_files(before: Path, after: Path, threshold: float, console: Console 
     found = changes(*records)
     for path, record in zip((before, after), records, strict=True):
         versions = ", ".join(f"{name} {record['versions'].get(name)}" for name in ("torch", "triton"))
-        console.print(f"{path.name}: commit {record['commit']}, {versions}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{path.name}: commit {record['commit']}, {versions}", markup=False, highlight=False, soft_wrap=True
+        )
     other = versions_changed(*records)
     if other:
         console.print(f"not the package alone has changed: {'; '.join(other)}", highlight=False, soft_wrap=True)
@@ -114,7 +117,7 @@ def compare_files(before: Path, after: Path, threshold: float, console: Console 
     for path, lacks in ((before, "after"), (after, "before")):
         alone = dict.fromkeys(f"{c.case} {c.contender}" for c in found if getattr(c, lacks) is None)
         if alone:
-            console.print(f"only in {path.name}: {', '.join(alone)}", highlight=False, soft_wrap=True)
+            console.print(f"only in {path.name}: {', '.join(alone)}", markup=False, highlight=False, soft_wrap=True)
     failed = newly_failed(*records)
     for case, why in failed.items():
         console.print(f"{case} fails its correctness gate now: {'; '.join(why)}", markup=False, highlight=False)
@@ -145,7 +148,7 @@ def list_all(device: str | None, console: Console | None = None) -> None:
     typical = find_cases((), "quick", where.type)[0]
     for contender in contenders().values():
         reasons = "; ".join(_reasons(contender, typical, where))
-        who.add_row(contender.name, contender.summary, "yes" if contender.name in defaults else "no", reasons)
+        who.add_row(contender.name, contender.summary, "yes" if contender.name in defaults else "no", escape(reasons))
     console.print(cases, suites, who, highlight=False)
 
 

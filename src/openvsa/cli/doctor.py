@@ -8,6 +8,7 @@ from importlib import metadata
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from openvsa.errors import ShapeError, UnsupportedError
@@ -22,7 +23,7 @@ EXTRAS = {
     "diffusers": ("diffusers", "transformers", "accelerate", "safetensors", "pyyaml", "ftfy"),
     "fa4": ("flash-attn-4",),
     "hopper": ("cuda-core",),
-    "io": ("safetensors",),
+    "io": ("numpy", "safetensors"),
     "triton": ("triton",),
     "video": ("av", "jinja2", "numpy", "pillow", "torchmetrics"),
 }
@@ -145,7 +146,7 @@ def _backends(device: torch.device, question: Question) -> Table:
     for backend in backends():
         reasons, when_training = _reasons(backend, inference), _reasons(backend, training)
         why = [*reasons, *(f"training: {reason}" for reason in when_training if reason not in reasons)]
-        table.add_row(backend.name, *(_answer(backend, p) for p in (inference, training)), "\n".join(why))
+        table.add_row(backend.name, *(_answer(backend, p) for p in (inference, training)), escape("\n".join(why)))
     table.add_section()
     table.add_row("auto", _taken(inference), _taken(training), "")
     return table

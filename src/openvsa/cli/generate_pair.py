@@ -99,7 +99,7 @@ def make_pair(
         comparison = _compare(settings, dense, sparse, recorder)
         page = write_report(comparison, out)
         done()
-    console.print(_summary(comparison.figures, page), highlight=False, soft_wrap=True)
+    console.print(_summary(comparison.figures, page), markup=False, highlight=False, soft_wrap=True)
     if settings.device == describe(torch.device("cpu")) and (note := _busy()):
         console.print(note, highlight=False, soft_wrap=True)
     return page

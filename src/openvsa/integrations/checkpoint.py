@@ -325,6 +325,7 @@ class _Plan:
 
 def _write(checkpoint: _Checkpoint, plan: _Plan, folder: Path) -> None:
     """The files of a checkpoint, one after another, and their index."""
+    require("numpy", extra="io")  # safetensors writes through it
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}

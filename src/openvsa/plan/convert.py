@@ -183,6 +183,7 @@ def save_lists(
     path: str | PathLike[str], counts: Tensor, indices: Tensor, q_blocks: BlockOffsets, kv_blocks: BlockOffsets
 ) -> None:
     """Write a plan as safetensors, through a temporary file beside it."""
+    require("numpy", extra="io")  # safetensors writes through it
     safetensors = require("safetensors.torch", extra="io")
     cpu = torch.device("cpu")
     tensors = {
