@@ -44,6 +44,13 @@ def test_a_pipeline_that_continues_a_picture(openvsa_command: Callable, tmp_path
     assert outcome.status == 0, outcome.err
 
 
+def test_what_the_pipeline_itself_refuses_is_one_message(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    size = ["--prompt", "a cat", "--height", 81, "--width", 128, "--frames", 5, "--steps", 2]
+    outcome = openvsa_command("audit", wan, *size, "--out", tmp_path / "out")
+    assert outcome.status == 2
+    assert "WanPipeline refuses what it was given: `height` and `width` have to be divisible by 16" in outcome.err
+
+
 def test_a_scene_is_not_for_a_pipeline(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
     outcome = openvsa_command("audit", wan, *SMALL, "--scene", "glide", "--out", tmp_path / "out")
     assert outcome.status == 2

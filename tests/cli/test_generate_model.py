@@ -123,6 +123,14 @@ def test_wrong_settings_are_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_pipeline_itself_refuses_is_one_message(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    size = ["--height", 81, "--width", 128, "--frames", 5, "--steps", 2]
+    outcome = openvsa_command("generate", "--model", wan, "--prompt", PROMPT, *size, "--out", tmp_path / "out")
+    assert outcome.status == 2
+    assert "WanPipeline refuses what it was given: `height` and `width` have to be divisible by 16" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 def test_weights_that_were_trained_with_vsa_keep_their_branch(
     openvsa_command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,7 +178,7 @@ def _diffusers(
     device: torch.device,
 ) -> _Subject:
     """Any Diffusers pipeline that `openvsa generate --model` takes, if it tells of its steps."""
-    from openvsa.cli.pipelines import arguments, clip_of, load, pipeline_class
+    from openvsa.cli.pipelines import arguments, call, clip_of, load, pipeline_class
 
     if scene is not None:
         raise OpenVSAError("--scene is for the bundled model; a Diffusers pipeline takes --prompt")
@@ -191,7 +191,8 @@ def _diffusers(
 
     def make_clip(**keywords: Any) -> Tensor:
         # Drawn on the CPU, so that every device starts from the same noise.
-        return clip_of(pipe(**given, **keywords, output_type="np", generator=torch.Generator().manual_seed(seed)))
+        generator = torch.Generator().manual_seed(seed)
+        return clip_of(call(pipe, **given, **keywords, output_type="np", generator=generator))
 
     options = {"--prompt": prompt, "--image": image, "--height": sizes["height"], "--width": sizes["width"]}
     return _Subject(pipe, make_clip, shorten(prompt or "", 90), options | {"--frames": sizes["num_frames"]})

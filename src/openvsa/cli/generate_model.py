@@ -24,7 +24,7 @@ from openvsa.cli.generate_pair import (
     sparsity,
     versions,
 )
-from openvsa.cli.pipelines import arguments, clip_of, load, pipeline_class
+from openvsa.cli.pipelines import arguments, call, clip_of, load, pipeline_class
 from openvsa.errors import OpenVSAError, require
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class _Clips:
         options["generator"] = torch.Generator().manual_seed(self.seed)
         if callback_on_step_end is not None and self.tells_steps:
             options["callback_on_step_end"] = _telling(callback_on_step_end)
-        output = self.pipe(**options)
+        output = call(self.pipe, **options)
         if callback_on_step_end is not None and not self.tells_steps:
             for _ in range(num_inference_steps):
                 callback_on_step_end()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openvsa.errors import OpenVSAError, ShapeError, UnsupportedError
 
-__all__ = ["arguments", "clip_of", "load", "pipeline_class"]
+__all__ = ["arguments", "call", "clip_of", "load", "pipeline_class"]
 
 
 def pipeline_class(model: str) -> Any:
@@ -115,6 +115,20 @@ def load(kind: Any, model: str, device: torch.device) -> Any:
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def call(pipe: Any, **options: Any) -> Any:
+    """The output of a pipeline.
+
+    Raises:
+        OpenVSAError: it does not take these arguments, a height that is no multiple of 16, say.
+    """
+    try:
+        return pipe(**options)
+    except OpenVSAError:
+        raise
+    except ValueError as error:  # how Diffusers' pipelines refuse
+        raise OpenVSAError(f"{type(pipe).__name__} refuses what it was given: {error}") from error
 
 
 def clip_of(output: Any) -> Tensor:
