@@ -55,12 +55,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, scale: float) ->
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     variant = Variant.of("forward", q, plan)
-    parts = 1 if variant.kernel == "forward_wide" else 0
     items = _tiles(plan.q_offsets, variant.q_pieces, variant) * q.shape[2] * q.shape[0]
     problem = _query_problem(q, k, plan)
     with torch.cuda.device_of(q):
-        maps = (tensor_map(k, parts), tensor_map(v, parts))
-        launch(variant, items, *maps, problem, q, out, lse, _counter(q), *_steps(q), scale)
+        if variant.kernel == "forward_wide":
+            maps = (tensor_map(k, 1), tensor_map(v, 1))
+            launch(variant, items, *maps, problem, q, out, lse, _counter(q), *_steps(q), scale)
+        else:
+            maps = (tensor_map(q), tensor_map(k), tensor_map(v))
+            launch(variant, items, *maps, problem, out, lse, _counter(q), scale)
     return out, lse
 
 

@@ -22,7 +22,7 @@ ARRIVING_LANES = 1
 Kernel = Literal["forward", "forward_wide", "dq", "dq_wide", "dkv", "dkv_wide"]
 
 _SOURCES = {
-    "forward": ("common.cuh", "queries.cuh", "softmax.cuh", "ring.cuh", "keys.cuh", "forward.cu"),
+    "forward": ("common.cuh", "queries.cuh", "softmax.cuh", "forward.cu"),
     "forward_wide": ("common.cuh", "queries.cuh", "softmax.cuh", "forward_wide.cu"),
     "dq": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
     "dq_wide": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
@@ -61,8 +61,8 @@ class _Shape:
 # By kernel and head_dim, measured on an H200 (see the kernel log). Where the block that stays (of queries; in dk/dv of
 # keys) is one tile of rows, teams of one, each with its own tiles; where it is two, a team of two with one list.
 _SHAPES = {
-    ("forward", 64): _Shape(3, 1, {"STAGES": 4}, producer_registers=56, consumer_registers=152),
-    ("forward", 128): _Shape(2, 1, {"STAGES": 3}),
+    ("forward", 64): _Shape(4, 1, {"KEY_STAGES": 3, "VALUE_STAGES": 3}, producer_registers=32, consumer_registers=112),
+    ("forward", 128): _Shape(3, 1, {"KEY_STAGES": 1, "VALUE_STAGES": 2}, producer_registers=32, consumer_registers=160),
     ("forward_wide", 64): _Shape(1, 2, {"KEY_STAGES": 6, "VALUE_STAGES": 8}),
     ("forward_wide", 128): _Shape(1, 2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),
     ("dq", 64): _Shape(3, 1, {"STAGES": 3}, producer_registers=32, consumer_registers=160),

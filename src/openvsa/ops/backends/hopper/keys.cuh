@@ -1,5 +1,4 @@
-// The producer of forward and of the gradient of q: tiles of keys and values, each once for all consumers of a group that
-// need it.
+// The producer of the gradient of q: tiles of keys and values, each once for all consumers of a group that need it.
 
 __device__ __forceinline__ void produce(Ring& ring, const Problem& problem, const TensorMap* k_map,
                                         const TensorMap* v_map, int* next_item) {
