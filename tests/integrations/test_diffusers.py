@@ -179,6 +179,8 @@ def test_mistakes_are_named(model: WanTransformer3DModel) -> None:
     openvsa.sparsify(model, density=0.5)
     with pytest.raises(openvsa.OpenVSAError, match="attached already"):
         openvsa.sparsify(model, density=0.5)
+    with pytest.raises(openvsa.ShapeError, match=r"expected latents of 5 dimensions.*got \[1, 4, 8, 8\]"):
+        model(torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 3, 16))
 
 
 def test_a_foreign_processor_is_wrapped_and_given_back(model: WanTransformer3DModel) -> None:

@@ -266,6 +266,28 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     torch.testing.assert_close(gradient(True), gradient(False))
 
 
+@pytest.mark.parametrize("hoisted", [True, False])
+def test_what_checkpointing_computes_again_is_about_its_own_forward(
+    hoisted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two forwards and one backward: the lattices have as many tokens, and one is too small to be sparse."""
+    if not hoisted:
+        monkeypatch.setattr(Wan, "hoist", lambda self, transformer: None)
+    model = tiny_wan().train()
+    model.enable_gradient_checkpointing()
+    attach(model, min_tokens=50)
+    grids = [(2, 10, 14), (2, 14, 10), (3, 8, 8)]
+    given = [torch.randn(1, 4, *grid, generator=torch.Generator().manual_seed(1)) for grid in grids]
+
+    def gradient(*latents: Tensor) -> Tensor:
+        model.zero_grad()
+        losses = [model(one, torch.tensor([300.0]), text())[0].square().mean() for one in latents]
+        torch.stack(losses).sum().backward()
+        return model.blocks[0].attn1.to_k.weight.grad.clone()
+
+    torch.testing.assert_close(gradient(*given), sum(map(gradient, given)))
+
+
 def test_a_cache_across_steps_keeps_raster_order() -> None:
     """FirstBlockCache adds hidden states of an earlier step, which may have been a dense one."""
     model, prompt = tiny_wan(3), text()

@@ -135,8 +135,7 @@ def attach(
             _set_processor(attn, processor)
             restore.append(partial(_restore, attn, processor))
         restore.append(transformer.register_forward_pre_hook(site.begin_forward, with_kwargs=True).remove)
-        if config is not None and config.reuse_steps > 1:
-            restore.append(transformer.register_forward_hook(site.end_forward).remove)
+        restore.append(transformer.register_forward_hook(site.end_forward).remove)
         if config is not None and site.hoist is not None:
             for module, first, last in site.hoist.entries:
                 restore.append(module.register_forward_hook(partial(site.enter, first=first, last=last)).remove)

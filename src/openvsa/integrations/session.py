@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import operator
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from openvsa.integrations.intercept import SparseProcessor
 from openvsa.integrations.report import AttentionCallback, AttentionEvent
 from openvsa.integrations.reuse import Kept, KeptPlans
 from openvsa.integrations.steps import StepClock, count_steps, warn_if_all_dense
-from openvsa.integrations.tally import Tally
+from openvsa.integrations.tally import Clock, Tally
 from openvsa.layout import TileLayout
 from openvsa.layout.shelf import kept_layout
 from openvsa.ops import block_sparse_attention
@@ -196,7 +195,7 @@ class Session:
         if budget is None:
             if not watching:
                 return dense()
-            clock = _Clock(query)
+            clock = Clock(query)
             out = dense()
             clock.stop()
             tally = self._tally(processor, parts[0].layout)
@@ -217,7 +216,7 @@ class Session:
             place = index if forward.sequence.per_sample else number
             mine_q, mine_k, mine_v = (one.samples(x) for x in (q, k, v))
             mine_weight = None if weight is None else one.samples(weight)
-            clock = _Clock(query) if watching else None
+            clock = Clock(query) if watching else None
             out, plan, blocks = self._sparse(
                 processor, one.layout, budget, place, mine_q, mine_k, mine_v, mine_weight, scale
             )
@@ -362,29 +361,6 @@ class Session:
             callback(event)
 
 
-class _Clock:
-    """The time from its making to `stop`; on a GPU told by events, which do not wait."""
-
-    def __init__(self, on: Tensor) -> None:
-        self.events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if on.device.type == "cuda":
-            self.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            self.events[0].record()
-        self._start, self._stop = time.perf_counter(), 0.0
-
-    def stop(self) -> None:
-        self._stop = time.perf_counter()
-        if self.events:
-            self.events[1].record()
-
-    def seconds(self) -> float:
-        """Waits for the device."""
-        if self.events:
-            self.events[1].synchronize()
-            return self.events[0].elapsed_time(self.events[1]) / 1e3
-        return self._stop - self._start
-
-
 # What Diffusers' hooks of these modules do to hidden states, they do to each token alone and in this forward alone.
 _TOKENWISE_HOOKS = {f"diffusers.hooks.{name}" for name in ("group_offloading", "layerwise_casting", "layer_skip")}
 
@@ -472,6 +448,19 @@ class Site:
         for processor in self.processors:
             if processor.kept is not None and processor.kept.compiled:
                 processor.kept.settle()
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        # Blocks that the backward pass computes again (checkpointing) are about this forward, whatever has run since.
+        forward, found = self.session.forward, [(one.budget, one.why_dense) for one in self.processors]
+
+        def recall(grad: Tensor) -> None:
+            self.session.forward = forward
+            for processor, (budget, why_dense) in zip(self.processors, found, strict=True):
+                processor.budget, processor.why_dense = budget, why_dense
+
+        for value in output.values() if isinstance(output, dict) else output:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(recall)
 
     def enter(self, module: nn.Module, args: Any, output: Any, first: int, last: int) -> Any:
         """The forward hook of an entry: lattice axes first to last of its output to block order."""

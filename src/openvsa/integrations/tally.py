@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,30 @@ from openvsa.integrations.report import LayerReport
 from openvsa.layout import TileLayout
 from openvsa.plan import BlockPlan
 
-__all__ = ["Tally"]
+__all__ = ["Clock", "Tally"]
+
+
+class Clock:
+    """The time from its making to `stop`; on a GPU told by events, which do not wait."""
+
+    def __init__(self, on: Tensor) -> None:
+        self.events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if on.device.type == "cuda":
+            self.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self.events[0].record()
+        self._start, self._stop = time.perf_counter(), 0.0
+
+    def stop(self) -> None:
+        self._stop = time.perf_counter()
+        if self.events:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        """Waits for the device."""
+        if self.events:
+            self.events[1].synchronize()
+            return self.events[0].elapsed_time(self.events[1]) / 1e3
+        return self._stop - self._start
 
 
 @dataclass
@@ -52,7 +75,7 @@ class Tally:
         self.delivered = self.delivered + delivered
         self.executed = self.executed + (delivered if _all_alike(plan) else _pairs_share(plan))
 
-    def time(self, clock: Any) -> None:
+    def time(self, clock: Clock) -> None:
         if clock.events:
             self.pending.append(clock.events)
             self.settle(wait=False)

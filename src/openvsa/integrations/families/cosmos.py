@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openvsa.integrations.families.base import Family, Hoist, Sequence
+from openvsa.integrations.families.joint import latent_grid
 
 __all__ = ["Cosmos"]
 
@@ -29,9 +30,7 @@ class Cosmos(Family):
         ]
 
     def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
-        latents = kwargs["hidden_states"]  # [B, C, T, H, W]
-        config = transformer.config
-        return Sequence(tuple(side // size for side, size in zip(latents.shape[2:], config.patch_size, strict=True)))
+        return Sequence(latent_grid(kwargs["hidden_states"], (2, 3, 4), transformer.config.patch_size))
 
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         # [B], or [B, 1, T, 1, 1] where frames that condition the video are further denoised.

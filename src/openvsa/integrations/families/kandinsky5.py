@@ -9,6 +9,7 @@ from torch import nn
 
 from openvsa.errors import UnsupportedError
 from openvsa.integrations.families.base import Family, Hoist, Sequence
+from openvsa.integrations.families.joint import latent_grid
 
 __all__ = ["Kandinsky5"]
 
@@ -36,9 +37,7 @@ class Kandinsky5(Family):
                 "OpenVSA instead, or leave it as it is",
                 {},
             )
-        latents = kwargs["hidden_states"]
-        config = transformer.config
-        return Sequence(tuple(side // size for side, size in zip(latents.shape[1:4], config.patch_size, strict=True)))
+        return Sequence(latent_grid(kwargs["hidden_states"], (1, 2, 3), transformer.config.patch_size))
 
     def heads(self, transformer: Any) -> tuple[int, int]:
         head_dim = sum(transformer.config.axes_dims)

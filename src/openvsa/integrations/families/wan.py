@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from openvsa.integrations.families.base import Family, Hoist, Sequence
+from openvsa.integrations.families.joint import latent_grid
 
 __all__ = ["Wan"]
 
@@ -30,8 +31,7 @@ class Wan(Family):
         ]
 
     def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
-        sides = kwargs["hidden_states"].shape[2:]
-        return Sequence(tuple(n // p for n, p in zip(sides, transformer.config.patch_size, strict=True)))
+        return Sequence(latent_grid(kwargs["hidden_states"], (2, 3, 4), transformer.config.patch_size))
 
     def hoist(self, transformer: Any) -> Hoist | None:
         if hasattr(transformer, "face_adapter"):  # Animate's adapters between the blocks go frame by frame
