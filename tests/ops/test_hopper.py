@@ -31,6 +31,8 @@ VARIANTS = [
     for q_pieces in (1, 2)
     for kv_pieces in (1, 2)
     if kernel.endswith("_wide") == ((kv_pieces if kernel.startswith("dkv") else q_pieces) == 2)
+    or (kernel, head_dim, q_pieces) == ("forward", 64, 2)
+    if (kernel, head_dim) in compiler._SHAPES
 ]
 
 
@@ -142,11 +144,16 @@ def test_when_auto_takes_it(head_dim: int, uniform: bool, best: str, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("lengths", "kernel", "pieces"),
-    [((64, 64), "forward", (1, 1)), ((30, 128), "forward", (1, 2)), ((65, 1), "forward_wide", (2, 1))],
+    ("lengths", "head_dim", "kernel", "pieces"),
+    [
+        ((64, 64), 128, "forward", (1, 1)),
+        ((30, 128), 128, "forward", (1, 2)),
+        ((65, 1), 128, "forward_wide", (2, 1)),
+        ((65, 1), 64, "forward", (2, 1)),
+    ],
 )
-def test_which_variant(lengths: tuple[int, int], kernel: str, pieces: tuple[int, int]) -> None:
+def test_which_variant(lengths: tuple[int, int], head_dim: int, kernel: str, pieces: tuple[int, int]) -> None:
     empty = torch.empty(0, dtype=torch.int32)
     plan = compiler.PlanTensors(empty, empty, empty, empty, None, None, *lengths)
-    variant = Variant.of("forward", torch.empty(1, 1, 1, 128, dtype=torch.float16), plan)
-    assert variant == Variant(kernel, 128, True, *pieces)  # pyright: ignore[reportArgumentType]
+    variant = Variant.of("forward", torch.empty(1, 1, 1, head_dim, dtype=torch.float16), plan)
+    assert variant == Variant(kernel, head_dim, True, *pieces)  # pyright: ignore[reportArgumentType]

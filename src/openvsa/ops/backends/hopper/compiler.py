@@ -59,11 +59,11 @@ class _Shape:
 
 
 # By kernel and head_dim, measured on an H200 (see the kernel log). Where the block that stays (of queries; in dk/dv of
-# keys) is one tile of rows, teams of one, each with its own tiles; where it is two, a team of two with one list.
+# keys) is one tile of rows, teams of one, each with its own tiles; where it is two, a team of two with one list, but in
+# forward at head size 64: four teams with half a block each, which read the same list, are faster there.
 _SHAPES = {
     ("forward", 64): _Shape(4, 1, {"KEY_STAGES": 3, "VALUE_STAGES": 3}, producer_registers=32, consumer_registers=112),
     ("forward", 128): _Shape(3, 1, {"KEY_STAGES": 1, "VALUE_STAGES": 2}, producer_registers=32, consumer_registers=160),
-    ("forward_wide", 64): _Shape(1, 2, {"KEY_STAGES": 6, "VALUE_STAGES": 8}),
     ("forward_wide", 128): _Shape(1, 2, {"KEY_STAGES": 3, "VALUE_STAGES": 4}),
     ("dq", 64): _Shape(3, 1, {"STAGES": 3}, producer_registers=32, consumer_registers=160),
     ("dq", 128): _Shape(2, 1, {"STAGES": 3}),
@@ -93,7 +93,9 @@ class Variant:
         q_pieces, kv_pieces = (max(1, -(-length // TILE)) for length in (plan.max_q_block, plan.max_kv_block))
         wide: dict[str, Kernel] = {"forward": "forward_wide", "dq": "dq_wide", "dkv": "dkv_wide"}
         staying = kv_pieces if kernel == "dkv" else q_pieces
-        return cls(wide[kernel] if staying == 2 else kernel, q.shape[-1], q.dtype == torch.float16, q_pieces, kv_pieces)
+        head_dim, half_float = q.shape[-1], q.dtype == torch.float16
+        own = wide[kernel] if staying == 2 and (wide[kernel], head_dim) in _SHAPES else kernel
+        return cls(own, head_dim, half_float, q_pieces, kv_pieces)
 
     @property
     def shape(self) -> _Shape:
