@@ -17,6 +17,6 @@ def run_convert(source: Path, target: Path, to: Any, branch: Any) -> None:
     if done.added:
         print(f"added zero branch weights to {done.added} blocks: the model computes what it did")
     if done.dropped:
-        print(f"dropped the branch weights of {done.dropped} blocks: the model is dense now, and not the same")
+        print(f"dropped the branch weights of {done.dropped} blocks: dense now, and another model if they were trained")
     if not done.branch:
         print("the result has no branch weights")

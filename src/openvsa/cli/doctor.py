@@ -20,7 +20,16 @@ __all__ = ["EXTRAS", "Question", "examine"]
 # The distributions behind each extra that a user chooses from.
 EXTRAS = {
     "cli": ("typer", "rich"),
-    "diffusers": ("diffusers", "transformers", "accelerate", "safetensors", "pyyaml", "ftfy"),
+    "diffusers": (
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "pyyaml",
+        "ftfy",
+        "sentencepiece",
+        "protobuf",
+    ),
     "fa4": ("flash-attn-4",),
     "hopper": ("cuda-core",),
     "io": ("numpy", "safetensors"),
