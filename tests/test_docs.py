@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shlex
 import subprocess
@@ -97,6 +99,28 @@ def test_what_needs_the_weights_of_wan_runs_with_others(
     names: dict[str, Any] = {}
     exec(compile(block.code.replace('"cuda"', '"cpu"'), str(block.page), "exec"), names)
     assert names["handle"].report().executed_density < 1
+
+
+PIPELINE_CALLS = [
+    (block, found[1])
+    for page in PAGES
+    for block in blocks(page, "python")
+    if (found := re.search(r"(\w+Pipeline)\.from_pretrained", block.code)) and "pipe(" in block.code
+]
+
+
+@pytest.mark.parametrize(
+    ("block", "pipeline"), PIPELINE_CALLS, ids=lambda of: of if isinstance(of, str) else of.page.stem
+)
+def test_a_pipeline_takes_what_a_page_passes(block: Block, pipeline: str) -> None:
+    """Blocks that need weights are not run; Diffusers says what its pipelines take."""
+    takes = inspect.signature(getattr(diffusers, pipeline).__call__)
+    calls = [node for node in ast.walk(ast.parse(block.code)) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if ast.unparse(call.func) == "pipe"]
+    assert calls
+    for call in calls:
+        bound = takes.bind(None, *call.args, **{str(given.arg): given.value for given in call.keywords})
+        assert isinstance(bound.arguments["prompt"], ast.Constant)
 
 
 INLINE = re.compile(r"(?<!`)`((?:openvsa|make|pip) [^`]+)`(?!`)")
