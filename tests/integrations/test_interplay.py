@@ -74,6 +74,19 @@ def test_compiled_blocks_share_one_graph_through_steps_settings_and_layers() -> 
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_blocks_have_one_graph_for_each_lattice() -> None:
+    """torch gives up after eight: the first layer must not need one of its own."""
+    model, twin = tiny_wan(3), tiny_wan(3)
+    attach(model)
+    attach(twin)
+    backend, made = graphs()
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for number, grid in enumerate([(3, 5, 7), (2, 4, 4), (3, 4, 6), (3, 5, 7)]):
+        torch.testing.assert_close(run(model, grid=grid), run(twin, grid=grid))
+        assert len(made) == min(number + 1, 3)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_whole_compiled_model() -> None:
     model = tiny_wan()
     attach(model)

@@ -473,7 +473,8 @@ class Site:
             flat, axis = x.flatten(first, last), first
             if first == 0 < last:
                 flat, axis = flat.unflatten(0, (-1, layout.num_tokens)), 1
-            return layout.permute(flat.movedim(axis, 1)).movedim(1, axis).reshape(x.shape)
+            # Contiguous, so that the first layer gets the strides of all others and compiles into their graph.
+            return layout.permute(flat.movedim(axis, 1)).movedim(1, axis).reshape(x.shape).contiguous()
 
         return tuple(permute(x) for x in output) if isinstance(output, tuple) else permute(output)
 
