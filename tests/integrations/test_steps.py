@@ -181,6 +181,23 @@ def test_plans_do_not_outlive_a_generation_of_one_step() -> None:
     assert plans_made(config, [(900.0, prompt, small)] * 3) == [True] * 3
 
 
+@pytest.mark.parametrize("how", ["the prompt is gone", "detached"])
+def test_plans_are_not_kept_longer_than_they_serve(how: str) -> None:
+    """They may be gigabytes, which the decoder of the video wants."""
+    model, prompt = tiny_wan(), text()
+    plans: list[weakref.ref[Any]] = []
+    handle = openvsa.sparsify(model, config=SparsityConfig(density=0.3, tile=(1, 2, 2), reuse_steps=3))
+    handle.on_attention(lambda event: plans.append(weakref.ref(event.plan)))
+    run(model, 900.0, prompt)
+    assert len(plans) == 2
+    assert all(plan() is not None for plan in plans)
+    if how == "detached":
+        handle.detach()
+    else:
+        del prompt
+    assert all(plan() is None for plan in plans)
+
+
 def test_the_pipeline_is_not_kept_alive() -> None:
     class Pipe:
         transformer, scheduler = tiny_wan(), SimpleNamespace(timesteps=torch.tensor(LEVELS))

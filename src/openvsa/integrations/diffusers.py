@@ -205,6 +205,7 @@ class SparseHandle:
         """Give the model its own attention back, bit for bit. Doing so twice is harmless."""
         while self._restore:
             self._restore.pop()()
+        self._session.plans.clear()
 
     def __enter__(self) -> SparseHandle:
         return self

@@ -448,6 +448,7 @@ class Site:
         for processor in self.processors:
             if processor.kept is not None and processor.kept.compiled:
                 processor.kept.settle()
+            processor.kept = None  # the session keeps them, for as long as the prompt lives
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         # Blocks that the backward pass computes again (checkpointing) are about this forward, whatever has run since.

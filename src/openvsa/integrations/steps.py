@@ -90,7 +90,10 @@ class Branches:
         """Keep `value` for as long as the tensor lives; without one nothing is kept, as branches cannot be told."""
         if condition is not None:
             self._kept = [entry for entry in self._kept if entry[0]() is not condition or entry[1] != variant]
-            self._kept.append((weakref.ref(condition), variant, value))
+            self._kept.append((weakref.ref(condition, self._forget), variant, value))
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        self._kept = [entry for entry in self._kept if entry[0] is not gone]
 
     def clear(self) -> None:
         self._kept.clear()
