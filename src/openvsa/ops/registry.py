@@ -151,13 +151,6 @@ def _hopper_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def _hopper_auto_reasons(problem: Problem) -> list[str]:
-    # 64 x 64 on an H200: Triton 440 and 367 TFLOP/s, forward and backward, these kernels 450 and 339.
-    if problem.head_dim == 64 and problem.uniform and not _triton_available(problem.device_type):
-        return ["'auto' leaves it out: with equal blocks and head_dim 64 the triton backend is as fast or faster"]
-    return []
-
-
 @config.machine_fact
 def _fa4_available(device_type: str) -> list[str]:
     found = _installed_version("flash-attn-4")
@@ -251,7 +244,6 @@ _BACKENDS = (
         head_dim_v_differs=False,
         available=_hopper_available,
         extra_reasons=_hopper_reasons,
-        auto_reasons=_hopper_auto_reasons,
     ),
     Backend(
         name="triton",
