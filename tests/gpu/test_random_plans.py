@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helpers import DEVICE, Case, expected, make_inputs
 from openvsa import block_sparse_attention
+from openvsa.ops.backends.hopper import compiler
 from openvsa.ops.registry import backends
 from tolerance import FORWARD, GRADIENT, excess
 
@@ -70,3 +71,15 @@ def test_ten_runs_give_the_same_bits(kernel: str, head_dim: int, longest: int) -
     for _ in range(9):
         again = run(case, torch.bfloat16, kernel)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.skipif("hopper" not in KERNELS, reason="the kernels are for sm_90a")
+def test_a_team_that_takes_many_work_items_leaves_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In problems this small a team of a whole GPU has one item at most; on one multiprocessor it has many."""
+    for seed in range(40):
+        case, dtype = random_case(seed), (torch.bfloat16, torch.float16)[seed % 2]
+        wide = run(case, dtype, "hopper")
+        with monkeypatch.context() as patch:
+            patch.setattr(compiler, "_multiprocessors", lambda device: 1)
+            narrow = run(case, dtype, "hopper")
+        assert all(torch.equal(wide[name], narrow[name]) for name in wide), seed

@@ -1,8 +1,8 @@
 """Kernels for Hopper GPUs (sm_90a) in CUDA C++: tensor copies, wgmma, a producer warp and consumer warpgroups.
 
-The sources lie beside this file and are compiled by NVRTC when first used (see `compiler`). Tiles of keys and values
-that several query blocks of a group need are loaded once for all of them. Both passes are deterministic: each gradient
-is summed in registers, by one warpgroup, in the order of its list.
+The sources lie beside this file and are compiled by NVRTC when first used (see `compiler`). Where two warpgroups
+share a block, tiles are loaded once for both. Both passes are deterministic: each gradient is summed in registers, by
+one warpgroup, in the order of its list.
 """
 
 from __future__ import annotations
