@@ -10,9 +10,11 @@ several tiles (`--q-tiles`) are not in these tables.
 from __future__ import annotations
 
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import doc_performance
@@ -21,6 +23,7 @@ from doc_tables import table, with_table
 from openvsa.bench.model_cases import MODELS
 from openvsa.bench.record import MODEL_SCHEMA, load
 from openvsa.evaluate.audit_figures import AuditFigures
+from openvsa.evaluate.comparison import Figures
 from openvsa.integrations.break_even import predict_on
 from openvsa.integrations.presets import PRESETS, Preset
 
@@ -285,6 +288,22 @@ def speed_of(preset: Preset, one: MeasuredModel, mode: str) -> str:
     return f"a sparse step {step['faster']:.2f}× ({where}, {one.part})" if step and one.part else ""
 
 
+def on_the_bundled_model(preset: Preset) -> str:
+    """What the settings of a preset cost the bundled model, and gain there: means over the clips that were made by this
+    preset, or by one with the same settings."""
+    clips = []
+    for path in sorted(RESULTS.glob("generate-*-preset-*.json")):
+        figures = Figures.from_json(path.read_text())
+        made_with = PRESETS[figures.settings.command.partition("--config ")[2].split()[0]]
+        if isinstance(made_with, Preset) and replace(made_with, steps=preset.steps) == preset:
+            clips.append(figures)
+    if not clips:
+        return ""
+    psnr, ssim = (fmean(getattr(x.quality, f"mean_{name}") for x in clips) for name in ("psnr", "ssim"))
+    vif = fmean(x.quality.mean_vif or math.nan for x in clips)
+    return f"PSNR {psnr:.1f} dB, SSIM {ssim:.3f}, VIF {vif:.3f}; {fmean(x.speedup for x in clips):.2f}×"
+
+
 def presets() -> str:
     measured = newest_models()
     lines = []
@@ -295,16 +314,15 @@ def presets() -> str:
             what = [f"{preset.density:g}", f"{first} of {preset.steps}", layers]
             mine = [one for one in measured if one.case["name"] in FAMILIES.get(name, ())]
             speeds = [speed for one in mine for mode in MODES if (speed := speed_of(preset, one, mode))]
+            bundled = on_the_bundled_model(preset)
         else:
-            what, speeds = [f"{1 - preset.sparsity:g}", "none", "none"], []
-        quality = "not measured: needs the weights; run `openvsa audit`"
-        lines.append([f"`{name}`", *what, "<br>".join(speeds) or "not measured", quality])
+            what, speeds, bundled = [f"{1 - preset.sparsity:g}", "none", "none"], [], ""
+        lines.append([f"`{name}`", *what, "<br>".join(speeds) or "not measured", bundled or "not measured"])
     figures = AuditFigures.from_json(AUDIT.read_text())
-    quality = figures.sparse.quality
-    told = f"{quality} ([what you lose](what-you-lose.md))"
-    lines.append(["the bundled model, no preset", f"{figures.settings.density:g}", "none", "none", "", told])
-    head = ["preset", "density", "dense first steps", "dense layers", "all steps, against dense", "quality"]
-    return table(head, lines)
+    told = f"{figures.sparse.quality} ([what you lose](what-you-lose.md))"
+    lines.append(["no preset", f"{figures.settings.density:g}", "none", "none", "", told])
+    settings = ("density", "dense first steps", "dense layers")
+    return table(["preset", *settings, "all steps, against dense", "on the bundled model"], lines)
 
 
 def break_even() -> str:

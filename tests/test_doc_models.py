@@ -11,7 +11,7 @@ import pytest
 import doc_models
 import doc_performance
 from openvsa.bench.record import MODEL_SCHEMA, SCHEMA
-from openvsa.integrations.presets import Preset
+from openvsa.integrations.presets import PRESETS, Preset
 
 
 def row(mode: str, density: float | None, ms: float, dense: float, **more: Any) -> dict[str, Any]:
@@ -117,3 +117,24 @@ def test_steps_against_another_dense_kernel_are_estimated(tmp_path: Path) -> Non
     (tmp_path / "models-newest.json").write_text(json.dumps(newest))
     # A tenth of 30 layers of 10 ms is saved.
     assert "| `ltx` | eager | 0.90 | 470 | 2.00× |" in doc_models.performance()
+
+
+def clip(preset: str, psnr: float, seconds: float) -> str:
+    settings = {
+        "scene": "a scene", "seed": 0, "steps": 16, "density": 0.25, "fps": 12.0, "device": "CPU", "threads": 2,
+        "command": f"openvsa generate --config {preset} --seed 0", "versions": {}, "credit": "", "model": None,
+    }  # fmt: skip
+    layer = {"layer": 0, "name": "a", "density": 0.25, "dense_seconds": 1.0, "sparse_seconds": 1.0}
+    passes = {name: {"total_seconds": t, "attention_seconds": 1.0} for name, t in (("dense", 6.0), ("sparse", seconds))}
+    quality = {"psnr": [None, psnr], "ssim": [1.0, 0.9], "vif": [1.0, 0.8]}
+    return json.dumps({"settings": settings, **passes, "layers": [layer], "quality": quality})
+
+
+@pytest.mark.usefixtures("results")
+def test_what_presets_cost_is_that_of_clips_made_with_their_settings(tmp_path: Path) -> None:
+    assert doc_models.on_the_bundled_model(PRESETS["wan"]) == ""
+    for n, (preset, psnr, seconds) in enumerate((("wan", 30.0, 2.0), ("wan", 40.0, 6.0), ("flux", 20.0, 3.0))):
+        (tmp_path / f"generate-x-preset-{n}.json").write_text(clip(preset, psnr, seconds))
+    assert doc_models.on_the_bundled_model(PRESETS["wan"]) == "PSNR 35.0 dB, SSIM 0.900, VIF 0.800; 2.00×"
+    assert doc_models.on_the_bundled_model(PRESETS["mochi"]).startswith("PSNR 35.0 dB")
+    assert doc_models.on_the_bundled_model(PRESETS["hunyuan_video"]).startswith("PSNR 20.0 dB")
