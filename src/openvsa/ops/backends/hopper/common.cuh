@@ -1,10 +1,11 @@
-// What the kernels share: barriers, tensor copies, matrix products of one warpgroup, and the ring of tiles between the
-// producer warp and the consumer warpgroups. Compiled by NVRTC, without any header.
+// What the kernels share: barriers, tensor copies, matrix products of one warpgroup, and the lists that a producer warp
+// walks. Compiled by NVRTC, without any header.
 //
 // Set from outside: HEAD_DIM (64 or 128), HALF_FLOAT (1 for float16, 0 for bfloat16), TEAMS (each with a producer warp and
-// work items of its own), CONSUMERS (warpgroups of a team, which share its tiles), STAGES (tiles in flight), Q_PIECES and KV_PIECES (pieces of 64 tokens in the longest block), ROW_VALUES (1 if
-// a slot also holds two numbers for each row), ARRIVING_LANES (of a warp, at a barrier: 1, or 32 for a tool),
-// PRODUCER_REGISTERS, CONSUMER_REGISTERS, SHARED_BYTES.
+// work items of its own), CONSUMERS (warpgroups of a team, which share its tiles), STAGES, or KEY_STAGES and VALUE_STAGES
+// (tiles in flight), Q_PIECES and KV_PIECES (pieces of 64 tokens in the longest block), ROW_VALUES (1 if a slot also holds
+// two numbers for each row), ARRIVING_LANES (of a warp, at a barrier: 1, or 32 for a tool), PRODUCER_REGISTERS,
+// CONSUMER_REGISTERS, SHARED_BYTES.
 
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
@@ -74,11 +75,6 @@ __device__ __forceinline__ float unpack_high(uint32 both) {
 }
 
 // Over the four threads that share a row of an accumulator.
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
@@ -139,6 +135,19 @@ __device__ __forceinline__ void release(uint64* empty) {
     __syncwarp();
     if ((threadIdx.x & 31) < ARRIVING_LANES) barrier_arrive(empty);
 }
+
+// Where one side is in a ring of tiles.
+template <int SLOTS>
+struct Position {
+    int stage = 0;
+    uint32 phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == SLOTS) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
 
 // ------------------------------------------------------------------------------------------------ tensor copies
 
@@ -452,18 +461,3 @@ __device__ __forceinline__ int take_item(int* next_item) {
     if ((threadIdx.x & 31) == 0) number = atomicAdd(next_item, 1);
     return __shfl_sync(0xffffffffu, number, 0);
 }
-
-// ------------------------------------------------------------------------------------------------------- the slots
-
-// What stands in a slot, beside its tiles, in one word. A work item begins with a slot that has no tiles but the number
-// of the item; then come its entries: how many tokens of the tiles count, and a bit for every consumer that needs them.
-struct Slot {
-    int word;
-    static __device__ __forceinline__ Slot first(int item) { return {item << 1 | 1}; }
-    static __device__ __forceinline__ Slot entry(int length, int consumers) { return {length << 8 | consumers << 1}; }
-    __device__ __forceinline__ bool is_first() const { return word & 1; }
-    __device__ __forceinline__ int item() const { return word >> 1; }  // -1: there are no more
-    __device__ __forceinline__ bool needed_by(int consumer) const { return !is_first() && (word >> (consumer + 1) & 1); }
-    __device__ __forceinline__ int length() const { return word >> 8; }
-};
-

@@ -24,8 +24,8 @@ Kernel = Literal["forward", "forward_wide", "dq", "dq_wide", "dkv", "dkv_wide"]
 _SOURCES = {
     "forward": ("common.cuh", "queries.cuh", "softmax.cuh", "forward.cu"),
     "forward_wide": ("common.cuh", "queries.cuh", "softmax.cuh", "forward_wide.cu"),
-    "dq": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
-    "dq_wide": ("common.cuh", "queries.cuh", "ring.cuh", "keys.cuh", "dq.cu"),
+    "dq": ("common.cuh", "queries.cuh", "ring.cuh", "dq.cu"),
+    "dq_wide": ("common.cuh", "queries.cuh", "ring.cuh", "dq.cu"),
     "dkv": ("common.cuh", "ring.cuh", "dkv.cu"),
     "dkv_wide": ("common.cuh", "ring.cuh", "dkv.cu"),
 }

@@ -47,7 +47,7 @@ struct Memory {
 
 __device__ __forceinline__ void produce(Ring& ring, const Problem& problem, const TensorMap* q_map,
                                         const TensorMap* grad_map, const float* row_values, int* next_item) {
-    Position position;
+    Position<STAGES> position;
     int items = groups_per_head(problem) * problem.kv_heads * problem.batch;
     int members = problem.heads / problem.kv_heads;
     int number;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
     int consumer = place.consumer;
     Ring& ring = memory.rings[place.team];
     Lane lane;
-    Position position;
+    Position<STAGES> position;
     uint32 own_phase = 0;
     int number = -1, length = 0;
     next_slot<0>(ring, position, consumer, number, length);
@@ -128,7 +128,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             wgmma_fence();
             multiply_over_head_dim(s, k_tile, ring.tiles[stage][0]);
             wgmma_commit();
-            clear_tails<0, 1>(ring, stage, length);
+            clear_tails<2>(ring, stage, length);
             while (true) {
                 pin(dp);
                 wgmma_fence();
@@ -177,7 +177,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 wgmma_fence();
                 multiply_over_head_dim(s, k_tile, ring.tiles[next][0]);
                 wgmma_commit();
-                clear_tails<0, 1>(ring, next, length);
+                clear_tails<2>(ring, next, length);
                 wgmma_wait<1>();
                 pin(p);
                 pin(ds);

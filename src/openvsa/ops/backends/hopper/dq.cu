@@ -18,17 +18,57 @@ struct Memory {
     uint64 own_full[WARPGROUPS];
 };
 
-__device__ __forceinline__ void consume(Memory& memory, const Problem& problem, const TensorMap* grad_map, const half_bits* q, const half_bits* out,
-                                        const half_bits* grad, half_bits* dq, const float* lse, const float* dlse,
-                                        float* row_values, int64 q_batch, int64 q_row, int64 q_head, int64 out_batch,
-                                        int64 out_row, int64 out_head, int64 grad_batch, int64 grad_row,
-                                        int64 grad_head, float scale) {
+__device__ __forceinline__ void produce(Ring& ring, const Problem& problem, const TensorMap* k_map,
+                                        const TensorMap* v_map, int* next_item) {
+    Position<STAGES> position;
+    int items = groups_per_head(problem) * problem.heads * problem.batch;
+    int number;
+    while ((number = take_item(next_item)) < items) {
+        Item item(number, problem);
+        announce(ring, position, number);
+        Lists<CONSUMERS> lists(problem.kv_offsets);
+        int64 head_lists = int64(item.batch * problem.batch_step + item.head * problem.head_step) * problem.num_q_blocks;
+#pragma unroll
+        for (int c = 0; c < CONSUMERS; ++c) {
+            Rows rows(item, c, problem);
+            int64 list = head_lists + min((item.group * CONSUMERS + c) / Q_PIECES, problem.num_q_blocks - 1);
+            int count = rows.length > 0 ? problem.kv_num_blocks[list] : 0;
+            lists.set(c, problem.kv_indices + list * problem.list_width, count);
+        }
+        int kv_head = item.head / (problem.heads / problem.kv_heads);
+        Entry entry;
+        while (lists.pop(entry)) {
+            for (int piece = 0; piece < KV_PIECES; ++piece) {
+                int length;
+                int start = piece_of(entry.start, entry.length, piece, length);
+                if (length <= 0) break;
+                int stage = position.stage;
+                barrier_wait(&ring.empty[stage], position.phase ^ 1);
+                if ((threadIdx.x & 31) == 0) {
+                    ring.slots[stage] = Slot::entry(length, entry.lists);
+                    barrier_expect(&ring.full[stage], 2 * TILE_BYTES);
+                    copy_tile(ring.tiles[stage][0], k_map, &ring.full[stage], start, kv_head, item.batch);
+                    copy_tile(ring.tiles[stage][1], v_map, &ring.full[stage], start, kv_head, item.batch);
+                }
+                __syncwarp();
+                position.advance();
+            }
+        }
+    }
+    announce(ring, position, -1);
+}
+
+__device__ __forceinline__ void consume(Memory& memory, const Problem& problem, const TensorMap* grad_map,
+                                        const half_bits* q, const half_bits* out, const half_bits* grad, half_bits* dq,
+                                        const float* lse, const float* dlse, float* row_values, int64 q_batch,
+                                        int64 q_row, int64 q_head, int64 out_batch, int64 out_row, int64 out_head,
+                                        int64 grad_batch, int64 grad_row, int64 grad_head, float scale) {
     Place place;
     int consumer = place.consumer;
     Ring& ring = memory.rings[place.team];
     const void* grad_tile = memory.own[place.warpgroup];
     Lane lane;
-    Position position;
+    Position<STAGES> position;
     uint32 own_phase = 0;
     int number = -1, length = 0;
     next_slot<0>(ring, position, consumer, number, length);
@@ -89,7 +129,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
             multiply_over_head_dim(s, q_operand, ring.tiles[stage][0]);
             multiply_over_head_dim(dp, grad_tile, ring.tiles[stage][1]);
             wgmma_commit();
-            clear_tails<0, 0>(ring, stage, length);
+            clear_tails<1>(ring, stage, length);
             wgmma_wait<0>();
             pin(s);
             pin(dp);
@@ -107,7 +147,7 @@ __device__ __forceinline__ void consume(Memory& memory, const Problem& problem, 
                 wgmma_commit();
                 multiply_over_tokens(d, ds, ring.tiles[stage][0]);
                 wgmma_commit();
-                clear_tails<0, 0>(ring, next, length);
+                clear_tails<1>(ring, next, length);
                 wgmma_wait<1>();
                 pin(s);
                 pin(dp);
@@ -143,10 +183,11 @@ static_assert(sizeof(Memory) <= SHARED_BYTES, "the tiles do not fit");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     query_gradient(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                   const __grid_constant__ TensorMap grad_map, const __grid_constant__ Problem problem, const half_bits* q, const half_bits* out,
-                   const half_bits* grad, half_bits* dq, const float* lse, const float* dlse, float* row_values,
-                   int* next_item, int64 q_batch, int64 q_row, int64 q_head, int64 out_batch, int64 out_row,
-                   int64 out_head, int64 grad_batch, int64 grad_row, int64 grad_head, float scale) {
+                   const __grid_constant__ TensorMap grad_map, const __grid_constant__ Problem problem,
+                   const half_bits* q, const half_bits* out, const half_bits* grad, half_bits* dq, const float* lse,
+                   const float* dlse, float* row_values, int* next_item, int64 q_batch, int64 q_row, int64 q_head,
+                   int64 out_batch, int64 out_row, int64 out_head, int64 grad_batch, int64 grad_row, int64 grad_head,
+                   float scale) {
     Memory& memory = *reinterpret_cast<Memory*>(shared_memory);
     if (threadIdx.x == 0) {
         for (uint64& full : memory.own_full) barrier_init(&full, 1);

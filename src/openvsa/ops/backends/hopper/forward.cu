@@ -38,18 +38,6 @@ struct Memory {
 
 static_assert(sizeof(Memory) <= SHARED_BYTES, "the tiles do not fit");
 
-template <int STAGES>
-struct Position {
-    int stage = 0;
-    uint32 phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
 __device__ __forceinline__ void init(Team& team) {
     for (uint64& full : team.keys_full) barrier_init(&full, 1);
     for (uint64& empty : team.keys_empty) barrier_init(&empty, ARRIVALS);
@@ -167,8 +155,8 @@ __device__ __forceinline__ void consume(Tiles& tiles, Team& team, const Problem&
     Position<KEY_STAGES> keys;
     Position<VALUE_STAGES> values;
     uint32 queries_phase = 0;
-    // Begun once all products of the item before are done. Rows beyond the block's end belong to other blocks, or are zero:
-    // no row of a product depends on another.
+    // Begun once all scores of the item before are there: nothing else reads queries. Rows beyond the block's end belong to
+    // other blocks, or are zero: no row of a product depends on another.
     auto load_queries = [&](int number) {
         Item item(number, problem);
         Rows rows(item, 0, problem);

@@ -1,6 +1,18 @@
 // The ring of tiles between the producer and the consumers of the two backward kernels: in each slot two tiles of the same
 // tokens, keys and values or queries and gradients.
 
+// What stands in a slot, beside its tiles, in one word. A work item begins with a slot that has no tiles but the number
+// of the item; then come its entries: how many tokens of the tiles count, and a bit for every consumer that needs them.
+struct Slot {
+    int word;
+    static __device__ __forceinline__ Slot first(int item) { return {item << 1 | 1}; }
+    static __device__ __forceinline__ Slot entry(int length, int consumers) { return {length << 8 | consumers << 1}; }
+    __device__ __forceinline__ bool is_first() const { return word & 1; }
+    __device__ __forceinline__ int item() const { return word >> 1; }  // -1: there are no more
+    __device__ __forceinline__ bool needed_by(int consumer) const { return !is_first() && (word >> (consumer + 1) & 1); }
+    __device__ __forceinline__ int length() const { return word >> 8; }
+};
+
 struct alignas(TEAMS > 1 ? 1024 : 16) Ring {
     char tiles[STAGES][2][TILE_BYTES];
 #if ROW_VALUES
@@ -9,17 +21,6 @@ struct alignas(TEAMS > 1 ? 1024 : 16) Ring {
     Slot slots[STAGES];
     uint64 full[STAGES];
     uint64 empty[STAGES];
-};
-
-struct Position {
-    int stage = 0;
-    uint32 phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
 };
 
 __device__ __forceinline__ void ring_init(Ring& ring) {
@@ -36,7 +37,7 @@ __device__ __forceinline__ void ring_init(Ring& ring) {
 constexpr int ITEM_ENDS = -1, TOO_FAR = -2;  // HELD: the most that are held when any of them was found
 
 template <int HELD>
-__device__ __forceinline__ int next_slot(Ring& ring, Position& position, int consumer, int& item, int& length) {
+__device__ __forceinline__ int next_slot(Ring& ring, Position<STAGES>& position, int consumer, int& item, int& length) {
 #pragma unroll 1
     for (int seen = 0; HELD == 0 || seen < (STAGES - 1) / HELD; ++seen) {
         int stage = position.stage;
@@ -57,14 +58,14 @@ __device__ __forceinline__ int next_slot(Ring& ring, Position& position, int con
     return TOO_FAR;
 }
 
-// Tiles FIRST to LAST of a slot, if they are short, before they are multiplied over their tokens: zeros beyond their
+// The first TILES tiles of a slot, if they are short, before they are multiplied over their tokens: zeros beyond their
 // length. Called while products of scores run, so that it costs no time; these may read the rows before or after, for their
 // scores are hidden.
-template <int FIRST, int LAST>
+template <int TILES>
 __device__ __forceinline__ void clear_tails(Ring& ring, int stage, int length) {
     if (length == TILE) return;
 #pragma unroll
-    for (int tile = FIRST; tile <= LAST; ++tile)
+    for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
         for (int part = 0; part < HALVES; ++part)
             clear_rows(ring.tiles[stage][tile] + part * PART_BYTES, length, TILE);
@@ -75,7 +76,7 @@ __device__ __forceinline__ void clear_tails(Ring& ring, int stage, int length) {
 // ---------------------------------------------------------------------------------------------- by the producer warp
 
 // The slot for item `item`: no tiles.
-__device__ __forceinline__ void announce(Ring& ring, Position& position, int item) {
+__device__ __forceinline__ void announce(Ring& ring, Position<STAGES>& position, int item) {
     barrier_wait(&ring.empty[position.stage], position.phase ^ 1);
     if ((threadIdx.x & 31) == 0) {
         ring.slots[position.stage] = Slot::first(item);
