@@ -301,6 +301,22 @@ def test_what_checkpointing_computes_again_is_about_its_own_forward(
     torch.testing.assert_close(gradient(*given), sum(map(gradient, given)))
 
 
+def test_what_checkpointing_computes_again_has_the_plans_it_had() -> None:
+    """Also those that were made in an earlier step."""
+    gradients = []
+    for checkpointing in (True, False):
+        model, prompt = tiny_wan(), text()
+        attach(model, reuse_steps=2, min_tokens=0)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        noise = torch.Generator().manual_seed(1)
+        for level in (900.0, 300.0):
+            out = model(torch.randn(1, 4, 3, 8, 8, generator=noise), torch.tensor([level]), prompt)[0]
+        out.square().sum().backward()
+        gradients.append(model.blocks[0].attn1.to_k.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_cache_across_steps_keeps_raster_order() -> None:
     """FirstBlockCache adds hidden states of an earlier step, which may have been a dense one."""
     model, prompt = tiny_wan(3), text()

@@ -445,21 +445,23 @@ class Site:
 
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the transformer."""
+        forward, found = self.session.forward, []
         for processor in self.processors:
             if processor.kept is not None and processor.kept.compiled:
                 processor.kept.settle()
+            found.append((processor.budget, processor.why_dense, processor.kept))
             processor.kept = None  # the session keeps them, for as long as the prompt lives
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        # Blocks that the backward pass computes again (checkpointing) are about this forward, whatever has run since.
-        forward, found = self.session.forward, [(one.budget, one.why_dense) for one in self.processors]
 
+        # Blocks that the backward pass computes again (checkpointing) are about this forward, whatever has run since.
         def recall(grad: Tensor) -> None:
             self.session.forward = forward
-            for processor, (budget, why_dense) in zip(self.processors, found, strict=True):
-                processor.budget, processor.why_dense = budget, why_dense
+            for processor, (budget, why_dense, kept) in zip(self.processors, found, strict=True):
+                processor.budget, processor.why_dense, processor.kept = budget, why_dense, kept
 
-        for value in output.values() if isinstance(output, dict) else output:
+        values = (output,) if isinstance(output, Tensor) else output  # Kandinsky 5's may be the tensor itself
+        for value in values.values() if isinstance(values, dict) else values:
             if isinstance(value, Tensor) and value.requires_grad:
                 value.register_hook(recall)
 

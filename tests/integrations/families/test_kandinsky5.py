@@ -42,8 +42,13 @@ def model() -> Kandinsky5Transformer3DModel:
 def run(
     model: Kandinsky5Transformer3DModel, grid: tuple[int, ...], samples: tuple[int, ...] = (0, 1), **more: Any
 ) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(grid, samples) | more).sample
+
+
+def inputs(grid: tuple[int, ...], samples: tuple[int, ...]) -> dict[str, Any]:
     frames, height, width = grid
-    given: dict[str, Any] = {
+    return {
         "hidden_states": checks.randoms(samples, frames, 2 * height, 2 * width, 4),
         "encoder_hidden_states": checks.randoms(samples, 5, 16, salt=1),
         "pooled_projections": checks.randoms(samples, 8, salt=2),
@@ -51,8 +56,6 @@ def run(
         "visual_rope_pos": [torch.arange(side) for side in grid],
         "text_rope_pos": torch.arange(5),
     }
-    with torch.no_grad():
-        return model(**given | more).sample
 
 
 def test_density_one_equals_dense_on_lattices_in_a_row(model: Kandinsky5Transformer3DModel) -> None:
@@ -88,3 +91,21 @@ def test_its_own_sparsity_is_refused(model: Kandinsky5Transformer3DModel) -> Non
         pytest.raises(openvsa.UnsupportedError, match="block-sparse attention of its own"),
     ):
         run(model, (1, 8, 8), sparse_params=params)
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_what_checkpointing_computes_again_is_about_its_own_forward(
+    model: Kandinsky5Transformer3DModel, as_dict: bool
+) -> None:
+    """Without a dictionary the model returns the tensor itself, where others return a tuple."""
+    model.train().enable_gradient_checkpointing()
+    openvsa.sparsify(model, density=0.3, tile=(1, 2, 2))
+
+    def gradient(*grids: tuple[int, ...]) -> Tensor:
+        model.zero_grad()
+        outs = [model(**inputs(grid, (0,)), return_dict=as_dict) for grid in grids]
+        torch.stack([(out.sample if as_dict else out).square().mean() for out in outs]).sum().backward()
+        return model.visual_transformer_blocks[0].self_attention.to_key.weight.grad.clone()
+
+    grids = [(2, 5, 7), (2, 7, 5)]
+    torch.testing.assert_close(gradient(*grids), sum(map(gradient, grids)))
