@@ -5,7 +5,8 @@ of the keys (Sparse VideoGen keeps 0.25 to 0.3), the first fifth of the steps de
 SparseVideo 0.1, ComfyUI 0.2, Radial Attention 12 steps of 50), and the first 3 % of the layers dense (Sparse VideoGen
 and SparseVideo 0.03, Radial Attention the first). Sources: the configurations of svg-project/Sparse-VideoGen (arXiv
 2502.01776), mit-han-lab/radial-attention (arXiv 2506.19852), the package sparsevideo 0.1.0, and ComfyUI's
-BlockSparseAttention node. What they cost the bundled model is in docs/presets.md; on other weights `openvsa audit` says it.
+BlockSparseAttention node. What they cost the bundled model is in docs/presets.md; on other weights `openvsa audit` says
+it.
 """
 
 from __future__ import annotations
