@@ -10,7 +10,6 @@ several tiles (`--q-tiles`) are not in these tables.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -299,8 +298,7 @@ def on_the_bundled_model(preset: Preset) -> str:
             clips.append(figures)
     if not clips:
         return ""
-    psnr, ssim = (fmean(getattr(x.quality, f"mean_{name}") for x in clips) for name in ("psnr", "ssim"))
-    vif = fmean(x.quality.mean_vif or math.nan for x in clips)
+    psnr, ssim, vif = (fmean(getattr(x.quality, f"mean_{name}") for x in clips) for name in ("psnr", "ssim", "vif"))
     return f"PSNR {psnr:.1f} dB, SSIM {ssim:.3f}, VIF {vif:.3f}; {fmean(x.speedup for x in clips):.2f}×"
 
 
