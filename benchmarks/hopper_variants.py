@@ -36,7 +36,7 @@ HEADS, TOKENS, DENSITY = 12, 32768, 1 / 8
 VARIANTS: dict[tuple[str, int], list[tuple[str, str | None, _Shape | None]]] = {
     ("forward", 128): [
         ("as it is", None, None),
-        ("a team of two shares tiles", None, _Shape(1, 2, {"STAGES": 7})),
+        ("two teams with more tiles", None, _Shape(2, 1, {"KEY_STAGES": 3, "VALUE_STAGES": 3})),
     ],
     ("dkv", 128): [
         ("as it is", None, None),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 from importlib.resources import files
 from io import StringIO
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -17,6 +19,7 @@ from openvsa.ops.backends.hopper import compiler
 from openvsa.ops.backends.hopper.compiler import Kernel, Variant
 from openvsa.ops.capability import Problem
 
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hopper_variants.py"
 PROBLEM = Problem(
     device_type="cuda", capability=(9, 0), dtype=torch.bfloat16, head_dim=128, head_dim_v=128, batch=1, num_heads=4,
     num_kv_heads=2, q_tokens=1000, kv_tokens=1000, max_q_block=64, max_kv_block=64, uniform=False, needs_grad=True,
@@ -63,6 +66,23 @@ def test_compiles_without_spills_or_waits_of_the_assembler(variant: Variant) -> 
     assert "warning" not in said
     assert "Potential Performance Loss" not in said
     assert " 0 bytes spill stores, 0 bytes spill loads" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        (key, shape)
+        for key, tried in runpy.run_path(str(BENCHMARK))["VARIANTS"].items()
+        for _, folder, shape in tried
+        if folder is None and shape is not None
+    ],
+    ids=str,
+)
+def test_other_shapes_that_the_benchmark_runs_compile(
+    key: tuple[Kernel, int], shape: compiler._Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(compiler._SHAPES, key, shape)
+    assert len(compiler.compile_variant(Variant(*key, False, 1, 1)).code) > 10_000
 
 
 def test_all_lanes_may_arrive_for_a_tool_that_follows_threads(monkeypatch: pytest.MonkeyPatch) -> None:
