@@ -159,7 +159,7 @@ def complaint(words: list[str]) -> str | None:
         unknown = [word for word in rest[1:] if word.startswith("-") and word.split("=")[0] not in options]
         return f"no options {unknown}" if unknown else None
     if program == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         unknown = [word for word in rest if "=" not in word and word not in targets]
         return f"no targets {unknown}" if unknown else None
     if program == "pip":
