@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 
@@ -36,6 +37,8 @@ def test_unsupported_lists_every_reason() -> None:
     error = UnsupportedError("no backend can", {"a": ["too big", "too old"], "b": ["absent"]})
     assert error.reasons == {"a": ("too big", "too old"), "b": ("absent",)}
     assert str(error) == "no backend can\n  a: too big; too old\n  b: absent"
+    sent = pickle.loads(pickle.dumps(error))  # from a process of a pool
+    assert (str(sent), sent.reasons) == (str(error), error.reasons)
 
 
 def test_a_missing_extra_says_how_to_install_it() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 __all__ = ["BudgetError", "MissingExtraError", "OpenVSAError", "PlanError", "ShapeError", "UnsupportedError", "require"]
 
@@ -43,6 +44,10 @@ class UnsupportedError(OpenVSAError, NotImplementedError):
         self.reasons = {name: tuple(why) for name, why in reasons.items()}
         lines = [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
         super().__init__("\n".join([message, *lines]))
+        self._given = message, self.reasons
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given  # processes hand each other errors
 
 
 def require(module: str, *, extra: str) -> ModuleType:

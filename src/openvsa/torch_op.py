@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from openvsa.errors import UnsupportedError
 
-__all__ = ["is_transformed", "torch_op"]
+__all__ = ["check_not_traced", "check_visible", "is_transformed", "torch_op"]
 
 _LIBRARY = torch.library.Library("openvsa", "FRAGMENT")
 
@@ -87,6 +87,32 @@ def torch_op(
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work. They know PyTorch's own operators alone."""
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+def check_visible(what: str) -> None:
+    """Refuse to run under what cannot see through `what`, rather than let it leave out a part of the result.
+
+    Raises:
+        UnsupportedError: inside torch.func, forward-mode differentiation or torch.jit.trace.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if is_transformed():
+        raise UnsupportedError(
+            f"torch.func and forward-mode differentiation cannot see through {what}; use torch.autograd.grad or "
+            ".backward()", {},
+        )  # fmt: skip
+    check_not_traced(what)
+
+
+def check_not_traced(what: str) -> None:
+    """Refuse torch.jit.trace, which would keep the result of one run as a constant.
+
+    Raises:
+        UnsupportedError: inside torch.jit.trace.
+    """
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise UnsupportedError(f"torch.jit.trace cannot see through {what}; use torch.export or torch.compile", {})
 
 
 def _refuse(qualified: str, what: str, instead: str) -> NoReturn:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from openvsa import BlockPlan, Budget, TileLayout, block_sparse_attention, video_sparse_attention
+from openvsa import BlockPlan, Budget, TileLayout, UnsupportedError, block_sparse_attention, video_sparse_attention
 from openvsa.layout import shelf
 from openvsa.nn import VideoSparseAttention
 
@@ -71,3 +71,41 @@ def test_a_default_device_is_no_business_of_ours(monkeypatch: pytest.MonkeyPatch
             assert plan.device.type == "cpu"
         out = vsa(TileLayout(GRID, TILE))
     assert torch.equal(out, vsa(TileLayout(GRID, TILE)))
+
+
+def test_a_plan_that_was_looked_at_in_inference_mode_can_train() -> None:
+    plan = BlockPlan.dense(OFFSETS, OFFSETS)
+    with torch.inference_mode():
+        plan.transpose()
+    q = torch.ones(1, 5, 2, 8, requires_grad=True)
+    for one in (plan, plan.transpose()):
+        block_sparse_attention(q, q, q, one).sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace. is deprecated")
+def test_a_trace_by_jit_is_refused() -> None:
+    """It would keep what kernels computed as constants."""
+    plan, x, attend = BlockPlan.dense(OFFSETS, OFFSETS), torch.ones(1, 5, 2, 8), VideoSparseAttention(8, 2, tile=TILE)
+    refused = pytest.raises(UnsupportedError, match=r"torch\.jit\.trace cannot see .* use torch\.export")
+    with refused:
+        torch.jit.trace(lambda x: block_sparse_attention(x, x, x, plan), (x,))
+    with refused:
+        torch.jit.trace(lambda x: attend(x, GRID), (torch.ones(1, 60, 8),))
+
+
+class Fixed(nn.Module):
+    """Of one lattice: torch.export takes tensors alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = VideoSparseAttention(16, 2, tile=TILE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, GRID)
+
+
+def test_an_exported_module_takes_any_batch() -> None:
+    model, x = Fixed(), torch.randn(5, 60, 16)
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", max=4096)},))
+    torch.testing.assert_close(program.module()(x), model(x))

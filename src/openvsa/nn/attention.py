@@ -14,6 +14,7 @@ from openvsa.layout.device import as_device
 from openvsa.layout.shelf import kept_layout
 from openvsa.nn.functional import video_sparse_attention
 from openvsa.select import Selector
+from openvsa.torch_op import check_not_traced
 
 __all__ = ["VideoSparseAttention"]
 
@@ -122,6 +123,7 @@ class VideoSparseAttention(nn.Module):
         Raises:
             ShapeError: x is not [B, S, dim], or S does not match the lattice.
         """
+        check_not_traced("video sparse attention")
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.dim:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ShapeError(f"x must be hidden states [B, S, dim] with dim {self.dim}, got {got}")

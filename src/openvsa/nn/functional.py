@@ -15,7 +15,7 @@ from openvsa.ops.attention import attend, check_qkv, scale_of
 from openvsa.plan.rank import row_chunks
 from openvsa.select import PooledTopK, Selector, permute_pool_all, pooled_scores, unpermute_add, weighted_product
 from openvsa.select.pooled import product
-from openvsa.torch_op import is_transformed
+from openvsa.torch_op import check_visible
 
 __all__ = ["compressed_attention", "video_sparse_attention"]
 
@@ -58,13 +58,9 @@ def video_sparse_attention(
         BudgetError: the budget cannot hold the blocks it must always keep.
         UnsupportedError: no backend (or not the one named) can run it.
     """
+    check_visible("video sparse attention")
     check_qkv(q, k, v)
     check_layout(layout)
-    if not torch.compiler.is_compiling() and is_transformed():
-        raise UnsupportedError(
-            "torch.func and forward-mode differentiation cannot see through video sparse attention; use "
-            "torch.autograd.grad or .backward()", {},
-        )  # fmt: skip
     layout.check("q", q.shape[1])
     layout.check("k", k.shape[1])
     if branch_weight is not None:

@@ -12,6 +12,7 @@ from openvsa.errors import PlanError, ShapeError
 from openvsa.ops.capability import Backend, Problem
 from openvsa.ops.registry import backends, choose
 from openvsa.plan import BlockPlan
+from openvsa.torch_op import check_not_traced
 
 __all__ = ["attend", "block_sparse_attention", "check_qkv", "scale_of"]
 
@@ -61,6 +62,7 @@ def block_sparse_attention(
         PlanError: the plan is over other token counts, batch, heads or device.
         UnsupportedError: no backend (or not the one named) can run it; the message has every reason.
     """
+    check_not_traced("block-sparse attention")
     check_qkv(q, k, v)
     _check_plan(q, k, plan)
     return attend(q, k, v, plan, scale, backend, return_lse=return_lse)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -225,8 +225,8 @@ class BlockPlan:
         """The readers of each key block as compressed rows (`q_starts` int32 [B|1, H|1, NK + 1], `q_indices` int32
         [B|1, H|1, NQ * K], ascending in each row). Deterministic; made once and kept."""
         if "transpose_csr" not in self._cache:
-            self._cache["transpose_csr"] = convert.transpose_lists(
-                self.kv_num_blocks, self.kv_indices, self.kv_blocks.num_blocks
+            self._cache["transpose_csr"] = _to_keep(
+                lambda: convert.transpose_lists(self.kv_num_blocks, self.kv_indices, self.kv_blocks.num_blocks)
             )
         return self._cache["transpose_csr"]
 
@@ -246,7 +246,8 @@ class BlockPlan:
         Its K is the longest row on the CPU, and NQ on other devices.
         """
         if "transpose" not in self._cache:
-            self._cache["transpose"] = BlockPlan.from_csr(*self.transpose_csr(), self.kv_blocks, self.q_blocks)
+            csr = self.transpose_csr()
+            self._cache["transpose"] = _to_keep(lambda: BlockPlan.from_csr(*csr, self.kv_blocks, self.q_blocks))
         return self._cache["transpose"]
 
     def union(self, other: BlockPlan) -> BlockPlan:
@@ -431,6 +432,14 @@ class BlockPlan:
                 f"plans can only be combined over the same blocks on one device, got {self.q_blocks} by "
                 f"{self.kv_blocks} on {self.device} and {other.q_blocks} by {other.kv_blocks} on {other.device}"
             )
+
+
+def _to_keep(make: Callable[[], Any]) -> Any:
+    """What `make` makes, fit for training: asked for first in inference mode, it may be wanted outside later."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return make()
+    with torch.inference_mode(False):
+        return make()
 
 
 def _check_plan(other: object) -> None:

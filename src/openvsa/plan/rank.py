@@ -63,6 +63,8 @@ def _expands(shape: torch.Size, to: torch.Size) -> bool:
 
 def row_chunks(num_q: int, scores_per_row: int) -> list[tuple[int, int]]:
     """Ranges of query blocks, each with at most MAX_SCORES scores (but at least one row)."""
+    if num_q > 0 and num_q * scores_per_row <= MAX_SCORES:
+        return [(0, num_q)]  # so that torch.export, told that the batch may change, learns a bound and not this batch
     rows = max(MAX_SCORES // max(scores_per_row, 1), 1)
     return [(start, min(start + rows, num_q)) for start in range(0, num_q, rows)]
 
