@@ -127,12 +127,16 @@ def test_what_torch_compile_has_wrapped_is_attached_and_detached() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_whole_compiled_model_has_no_steps() -> None:
+@pytest.mark.parametrize("min_tokens", [None, 0])
+@pytest.mark.parametrize("settings", [{"dense_first_steps": 1}, {"steps": {0: 0.5}}, {"reuse_steps": 2}])
+def test_a_whole_compiled_model_has_no_steps(settings: dict[str, Any], min_tokens: int | None) -> None:
     model = tiny_wan()
-    attach(model, dense_first_steps=1)
-    whole = torch.compile(model, backend="eager")
+    attach(model, min_tokens=min_tokens, **settings)
     with pytest.raises(openvsa.UnsupportedError, match="compile_repeated_blocks"):
-        run(whole)
+        run(torch.compile(model, backend="eager"))
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile_repeated_blocks"):
+        run(torch.compile(model, backend="eager", fullgraph=True))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

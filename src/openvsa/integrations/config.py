@@ -175,7 +175,9 @@ class SparsityConfig:
     @property
     def needs_steps(self) -> bool:
         """Whether anything depends on the denoising step."""
-        return bool(self.steps or self.dense_first_steps or self.dense_last_steps or self.reuse_steps > 1)
+        # Counted, because Dynamo takes an empty mappingproxy for true.
+        by_step = len(self.steps) > 0
+        return by_step or self.dense_first_steps > 0 or self.dense_last_steps > 0 or self.reuse_steps > 1
 
     def at(self, name: str, step: int, num_steps: int | None, tokens: int) -> Budget | tuple[Budget, ...] | str:
         """The budget of a layer in a step, or one for each of its heads; or in words why it stays dense.

@@ -8,7 +8,6 @@ from token counts.
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
@@ -24,6 +23,7 @@ from openvsa.integrations.families import Family, family_of
 from openvsa.integrations.intercept import SparseProcessor, wrap
 from openvsa.integrations.report import AttentionCallback, SparsityReport
 from openvsa.integrations.session import Session, Site
+from openvsa.integrations.steps import weakly
 from openvsa.select import BudgetTable, PooledTopK, Selector
 
 __all__ = ["SparseHandle", "SparsityConfig", "attach", "observe", "sparsify"]
@@ -112,7 +112,7 @@ def attach(
     Raises:
         UnsupportedError, OpenVSAError: as in `sparsify`.
     """
-    session = Session(config, tile, measure, pipeline=_weakly(model))
+    session = Session(config, tile, measure, pipeline=weakly(model))
     found: list[tuple[Any, Family, list[tuple[nn.Module, SparseProcessor]]]] = []
     names: list[str] = []
     for part, transformer in _transformers(model):
@@ -238,14 +238,6 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
             warn_without_branch(config, [attn for attn, _ in site.attentions])
     session.config = config
     session.plans.clear()
-
-
-def _weakly(model: Any) -> Callable[[], Any]:
-    """A way to the model that does not keep it: whoever keeps the transformer of a pipeline may drop the rest."""
-    try:
-        return weakref.ref(model)
-    except TypeError:  # some classes cannot be referred to weakly
-        return lambda: model
 
 
 def _set_processor(attn: Any, processor: Any) -> None:

@@ -98,7 +98,7 @@ class SparseProcessor:
         session = self.session
         if not self.attached:
             return self.inner(attn, *args, **kwargs)
-        if session.forward is None:
+        if session.mine() is None:
             raise OpenVSAError(f"{self.name} ran outside its transformer's forward, so its lattice is not known")
         dense = self.budget is None
         if dense and not session.watches():

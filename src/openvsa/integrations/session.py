@@ -8,6 +8,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -20,18 +21,21 @@ from openvsa.integrations.break_even import objection, share_of
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, Hoist, Sequence
 from openvsa.integrations.families.base import forward_names
+from openvsa.integrations.forward import Forward, Part
 from openvsa.integrations.intercept import SparseProcessor
 from openvsa.integrations.report import AttentionCallback, AttentionEvent
 from openvsa.integrations.reuse import Kept, KeptPlans
-from openvsa.integrations.steps import StepClock, count_steps, warn_if_all_dense
+from openvsa.integrations.steps import StepClock, count_steps, warn_if_all_dense, weakly
 from openvsa.integrations.tally import Clock, Tally
 from openvsa.layout import TileLayout
+from openvsa.layout.keep import fakes_are_on
 from openvsa.layout.shelf import kept_layout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
 from openvsa.select import PooledTopK, Selector, permute_pool_all, select_by_head
+from openvsa.torch_op import check_visible
 
-__all__ = ["Branch", "Forward", "Session", "Site"]
+__all__ = ["Branch", "Session", "Site"]
 
 
 class Branch(Protocol):
@@ -58,50 +62,21 @@ class Branch(Protocol):
         ...
 
 
+_COMPILED_STEPS = (
+    "settings that depend on the denoising step need the timestep's value, which a compiled forward does not have; "
+    "compile the blocks instead: transformer.compile_repeated_blocks()"
+)
+
+
 # Outside of what is compiled: not every Dynamo can trace the making of an error.
-@torch.compiler.disable
+@torch.compiler.disable(reason=_COMPILED_STEPS)
 def _refuse_compiled_steps() -> NoReturn:
-    raise UnsupportedError(
-        "settings that depend on the denoising step need the timestep's value, which a compiled forward does not have; "
-        "compile the blocks instead: transformer.compile_repeated_blocks()",
-        {},
-    )
+    raise UnsupportedError(_COMPILED_STEPS, {})
 
 
 def _captures_graph() -> bool:
     """Whether this forward becomes a CUDA graph, whose replays run none of this code."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-@dataclass(frozen=True)
-class Part:
-    """Samples whose valid text has one length. `rows` are their places in the batch; None means all of it."""
-
-    layout: TileLayout
-    rows: Tensor | None = None
-
-    def samples(self, x: Tensor) -> Tensor:
-        """Their valid tokens: x [B, S, ...] to [B', S', ...]."""
-        if self.rows is not None:
-            x = x.index_select(0, self.rows.to(x.device))  # elsewhere if the model is offloaded
-        return x if x.shape[1] == self.layout.num_tokens else x[:, : self.layout.num_tokens]
-
-
-@dataclass
-class Forward:
-    """What the current forward is about."""
-
-    sequence: Sequence
-    parts: tuple[Part, ...]
-    timestep: Tensor | None
-    entered: TileLayout | None = None  # of what the entries put in block order; None where the order stays
-    left: TileLayout | None = None  # of what the exit puts back
-    checked_mask: bool = False
-
-    @property
-    def hoisted(self) -> bool:
-        """Whether all layers have their tokens in block order."""
-        return self.entered is not None
 
 
 @dataclass
@@ -125,9 +100,12 @@ class Session:
         return getattr(getattr(self.pipeline(), "scheduler", None), "timesteps", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        # Settings are copied. What has run stays behind: it may hold events of a GPU and tensors that know no copy.
+        twin = memo[id(self)] = Session(self.config, self.tile, self.measure, self.branch, self.pipeline)
+        twin.callbacks = copy.deepcopy(self.callbacks, memo)
+        model = self.pipeline()
+        if id(model) in memo:  # a pipeline is copied, whose scheduler counts for its own transformer
+            twin.pipeline = weakly(memo[id(model)])
         return twin
 
     def __reduce__(self) -> Any:
@@ -136,11 +114,24 @@ class Session:
             "model as if nothing were attached"
         )
 
+    def mine(self) -> Forward | None:
+        """The current forward, which is that of this thread.
+
+        Raises:
+            OpenVSAError: another thread has begun one since.
+        """
+        if self.forward is not None and not torch.compiler.is_compiling():
+            self.forward.check_thread()
+        return self.forward
+
     def watches(self) -> bool:
-        """Whether calls are measured or shown to anyone. Never inside torch.compile or the capture of a CUDA graph."""
+        """Whether calls are measured or shown to anyone. Never inside torch.compile or the capture of a CUDA graph, nor
+        where tensors have no values."""
         if torch.compiler.is_compiling() or not (self.measure or self.callbacks):
             return False
-        return not _captures_graph()
+        if self.forward is not None and self.forward.device.type == "meta":
+            return False
+        return not (_captures_graph() or fakes_are_on())
 
     def layout(self, sequence: Sequence, suffix: int, device: torch.device) -> TileLayout:
         """The layout of a sequence with so many of its suffix tokens."""
@@ -183,7 +174,7 @@ class Session:
                 processor.refuse(f"{processor.name}: {reason}")
                 budget = None
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if torch.is_autocast_enabled(q.device.type):
+        if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # meta tensors know no autocast
             # As scaled_dot_product_attention does, which norms in fp32 rely on.
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -248,9 +239,10 @@ class Session:
         scale: float | None,
     ) -> tuple[Tensor, BlockPlan, tuple[Tensor, Tensor, Tensor]]:
         """out [B, S, H, D] in the order of the call; the plan; and q, k, v in block order."""
-        config, forward = self.config, self.forward
-        assert config is not None
+        forward = self.forward
         assert forward is not None
+        config = forward.config
+        assert config is not None
         kept = processor.kept
         plan = None if kept is None else kept.plans.get(place)
         choose, pooled = plan is None and weight is None, None
@@ -405,11 +397,15 @@ class Site:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook of the transformer."""
         session = self.session
+        if session.config is not None:
+            check_visible("sparse attention")
         arguments = {**dict(zip(self.names[: len(args)], args[: len(self.names)], strict=True)), **kwargs}
         sequence = self.family.sequence(module, (), arguments)
         timestep = self.family.timestep((), arguments)
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-        session.forward = forward = Forward(sequence, self._parts(sequence, device), timestep)
+        thread = 0 if torch.compiler.is_compiling() else get_ident()
+        parts = self._parts(sequence, device)
+        session.forward = forward = Forward(sequence, parts, timestep, device, session.config, thread)
         condition, variant = self.family.condition((), arguments), self.family.variant((), arguments)
         dense = self._decide(sequence, timestep, condition, variant, device)
         for attn, processor in () if dense else self.attentions:
@@ -445,7 +441,7 @@ class Site:
 
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the transformer."""
-        forward, found = self.session.forward, []
+        forward, found = self.session.mine(), []
         for processor in self.processors:
             if processor.kept is not None and processor.kept.compiled:
                 processor.kept.settle()
@@ -454,9 +450,18 @@ class Site:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
 
+        again = getattr(self.transformer, "is_gradient_checkpointing", False)
+
         # Blocks that the backward pass computes again (checkpointing) are about this forward, whatever has run since.
         def recall(grad: Tensor) -> None:
+            if again and not self.processors[0].attached:
+                raise OpenVSAError(
+                    "the handle was detached between a forward and its backward pass, which with gradient "
+                    "checkpointing computes the layers again; detach after the backward pass"
+                )
             self.session.forward = forward
+            if forward is not None:
+                forward.thread = 0  # autograd has threads of its own
             for processor, (budget, why_dense, kept) in zip(self.processors, found, strict=True):
                 processor.budget, processor.why_dense, processor.kept = budget, why_dense, kept
 
@@ -467,7 +472,7 @@ class Site:
 
     def enter(self, module: nn.Module, args: Any, output: Any, first: int, last: int) -> Any:
         """The forward hook of an entry: lattice axes first to last of its output to block order."""
-        forward = self.session.forward
+        forward = self.session.mine()
         if forward is None or forward.entered is None:
             return None
         layout = forward.entered
@@ -483,7 +488,7 @@ class Site:
 
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """The forward hook of the exit: back to raster order."""
-        forward = self.session.forward
+        forward = self.session.mine()
         if forward is None or forward.left is None or self.hoist is None:
             return None
         return forward.left.unpermute(output, dim=self.hoist.exit[1])

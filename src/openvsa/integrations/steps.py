@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from openvsa.errors import UnsupportedError
 if TYPE_CHECKING:
     from openvsa.integrations.config import SparsityConfig
 
-__all__ = ["Branches", "StepClock", "count_steps", "warn_if_all_dense"]
+__all__ = ["Branches", "StepClock", "count_steps", "warn_if_all_dense", "weakly"]
 
 
 class StepClock:
@@ -42,6 +43,14 @@ class StepClock:
             self.step += 1
         self._level, self._grid = level, grid
         return fresh
+
+
+def weakly(model: Any) -> Callable[[], Any]:
+    """A way to the model that does not keep it: whoever keeps the transformer of a pipeline may drop the rest."""
+    try:
+        return weakref.ref(model)
+    except TypeError:  # some classes cannot be referred to weakly
+        return lambda: model
 
 
 def count_steps(pipeline: Any) -> int:

@@ -44,5 +44,7 @@ def family_of(transformer: Any) -> Family:
             module, name = _FAMILIES[kind.__name__]
             return getattr(import_module(f"openvsa.integrations.families.{module}"), name)()
     raise UnsupportedError(
-        f"{type(transformer).__name__} is of no supported family; supported: {', '.join(supported())}", {}
+        f"{type(transformer).__name__} is of no supported family; supported: {', '.join(supported())}. Of what wraps a "
+        "model, such as DistributedDataParallel or PeftModel, give the model inside",
+        {},
     )
