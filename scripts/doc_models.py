@@ -69,6 +69,8 @@ class MeasuredModel:
     others: tuple[tuple[Path, dict[str, Any]], ...] = ()
 
     def and_newer(self, file: Path, record: dict[str, Any], case: dict[str, Any]) -> MeasuredModel:
+        if case["layers"] != self.case["layers"]:
+            return MeasuredModel(file, record, case)
         rows, kept = [], not case.get("profile") and bool(self.case.get("profile"))
         for mode in dict.fromkeys(row["mode"] for row in (*self.case["rows"], *case["rows"])):
             old, new = ([row for row in rows if row["mode"] == mode] for rows in (self.case["rows"], case["rows"]))
@@ -89,8 +91,7 @@ class MeasuredModel:
     @property
     def part(self) -> str:
         """What of the model was run, where it was not all of it."""
-        whole = MODELS[self.case["name"]].whole
-        return f"{self.case['layers']} of {whole} layers" if whole else ""
+        return f"{self.case['layers']} of {self.case['whole']} layers" if self.case.get("whole") else ""
 
     def dense(self, mode: str) -> Row | None:
         rows = [row for row in self.case["rows"] if row["mode"] == mode and row["density"] is None]

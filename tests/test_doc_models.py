@@ -19,14 +19,14 @@ def row(mode: str, density: float | None, ms: float, dense: float, **more: Any) 
     return {"mode": mode, "variant": name, "density": density, "ms": ms, "faster": dense / ms, **more}
 
 
-def record(date: str, name: str, sparse_ms: float, head_dim: int = 128) -> dict[str, Any]:
+def record(date: str, name: str, sparse_ms: float, head_dim: int = 128, whole: str = "") -> dict[str, Any]:
     rows = [
         row("attention", None, 10.0, 10.0), row("attention", 0.25, 4.0, 10.0), row("kernel", 0.25, 3.5, 10.0),
         row("host", None, 20.0, 20.0), row("host", 0.25, 30.0, 20.0),
         row("eager", None, 500.0, 500.0, peak_bytes=2**30), row("eager", 0.25, sparse_ms, 500.0, peak_bytes=2**31),
     ]  # fmt: skip
     case = {
-        "name": name, "note": "a model", "whole": "", "grid": [2, 3, 4], "layers": 30, "dtype": "bfloat16",
+        "name": name, "note": "a model", "whole": whole, "grid": [2, 3, 4], "layers": 30, "dtype": "bfloat16",
         "target": 1.6, "passed": True, "rows": rows, "gate": {"dense-flash": 5e-3, "density 1": 4e-3},
         "attention": {"tile": [2, 3, 4], "tokens": 24, "heads": 2, "head_dim": head_dim},
         "profile": [{"mode": "eager", "variant": "density 0.25", "groups": {"attention": 100.0, "linear": 50.0}}],
@@ -43,7 +43,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file, made in {
         "models-old.json": record("2026-01-01", "wan-1.3b-480p", 400.0),
         "models-new.json": record("2026-02-01", "wan-1.3b-480p", 250.0),
-        "models-part.json": record("2026-01-15", "wan-14b-720p", 200.0),
+        "models-part.json": record("2026-01-15", "wan-14b-720p", 200.0, whole="40"),
     }.items():
         (tmp_path / file).write_text(json.dumps(made))
 
@@ -138,3 +138,14 @@ def test_what_presets_cost_is_that_of_clips_made_with_their_settings(tmp_path: P
     assert doc_models.on_the_bundled_model(PRESETS["wan"]) == "PSNR 35.0 dB, SSIM 0.900, VIF 0.800; 2.00×"
     assert doc_models.on_the_bundled_model(PRESETS["mochi"]).startswith("PSNR 35.0 dB")
     assert doc_models.on_the_bundled_model(PRESETS["hunyuan_video"]).startswith("PSNR 20.0 dB")
+
+
+@pytest.mark.usefixtures("results")
+def test_a_run_of_all_layers_replaces_one_of_a_few(tmp_path: Path) -> None:
+    whole = record("2026-03-01", "wan-14b-720p", 100.0)
+    whole["cases"][0]["layers"] = 40
+    (tmp_path / "models-whole.json").write_text(json.dumps(whole))
+    text = doc_models.family("wan")
+    assert "| `wan-14b-720p` | 40 × attention | 400 (cudnn) |" in text
+    assert " of 40 layers" not in text
+    assert "models-part.json" not in doc_models.performance()

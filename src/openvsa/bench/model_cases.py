@@ -26,7 +26,6 @@ class ModelCase:
     Args:
         transformer: the name of its class.
         config: what differs from the defaults of the class, which are a released model's.
-        whole: self-attention layers of the released model, where `config` has fewer.
         grid: tokens of the lattice along (T, H, W), or (H, W) for images.
         inputs: makes the arguments of the forward from a lattice, the config and a maker of random tensors.
         note: what this is.
@@ -39,7 +38,6 @@ class ModelCase:
     inputs: Make
     note: str
     config: Mapping[str, Any] = field(default_factory=dict)
-    whole: str = ""
     target: float | None = None
     device_type: str = "cuda"
 
@@ -83,7 +81,7 @@ class ModelCase:
         parameters = sum(p.numel() for p in model.parameters())
         return {
             "transformer": self.transformer, "grid": self.grid, "parameters": parameters,
-            "dtype": str(self.dtype).removeprefix("torch."), "config": dict(self.config), "whole": self.whole,
+            "dtype": str(self.dtype).removeprefix("torch."), "config": dict(self.config),
             "note": self.note, "target": self.target,
         }  # fmt: skip
 
@@ -111,10 +109,10 @@ _ALL = (
     ModelCase("wan-1.3b-720p", "WanTransformer3DModel", (21, 45, 80), call.wan,
               "Wan 2.1 1.3B, 720 x 1280, 81 frames", _WAN_SMALL, target=2.2),
     ModelCase("wan-14b-720p", "WanTransformer3DModel", (21, 45, 80), call.wan,
-              "Wan 2.1 14B, 720 x 1280, 81 frames", {"num_layers": 4}, "40", target=2.2),
+              "Wan 2.1 14B, 720 x 1280, 81 frames", target=2.2),
     ModelCase("wan-i2v-14b-720p", "WanTransformer3DModel", (21, 45, 80), call.wan_image_to_video,
               "Wan 2.1 14B image to video, 720 x 1280, 81 frames",
-              {"num_layers": 4, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, "40"),
+              {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}),
     ModelCase("wan-vace-1.3b-480p", "WanVACETransformer3DModel", (21, 30, 52), call.wan_vace,
               "Wan 2.1 VACE 1.3B, 480 x 832, 81 frames, a control video",
               {**_WAN_SMALL, "vace_layers": list(range(0, 30, 2)), "vace_in_channels": 96}),
@@ -122,25 +120,23 @@ _ALL = (
               "Wan 2.2 5B, 704 x 1280, 121 frames, a noise level for each token",
               {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}),
     ModelCase("hunyuan-720p", "HunyuanVideoTransformer3DModel", (33, 45, 80), call.hunyuan_video,
-              "HunyuanVideo 13B, 720 x 1280, 129 frames, 256 text tokens",
-              {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1}, "60", target=2.2),
+              "HunyuanVideo 13B, 720 x 1280, 129 frames, 256 text tokens", target=2.2),
     ModelCase("hunyuan15-720p", "HunyuanVideo15Transformer3DModel", (31, 45, 80), call.hunyuan_video15,
-              "HunyuanVideo-1.5, 720 x 1280, 121 frames, with an image",
-              {"num_layers": 4, "num_refiner_layers": 1}, "54"),
+              "HunyuanVideo-1.5, 720 x 1280, 121 frames, with an image"),
     ModelCase("ltx", "LTXVideoTransformer3DModel", (21, 16, 22), call.ltx, "LTX-Video 2B, 512 x 704, 161 frames"),
     ModelCase("ltx2-1080p", "LTX2VideoTransformer3DModel", (16, 34, 60), call.ltx2,
-              "LTX-2, 1088 x 1920, 121 frames, with sound", {"num_layers": 4}, "48"),
+              "LTX-2, 1088 x 1920, 121 frames, with sound"),
     ModelCase("cogvideox-480p", "CogVideoXTransformer3DModel", (13, 30, 45), call.cogvideox,
               "CogVideoX 5B, 480 x 720, 49 frames",
-              {"num_attention_heads": 48, "num_layers": 4, "use_rotary_positional_embeddings": True}, "42"),
+              {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}),
     ModelCase("mochi-480p", "MochiTransformer3DModel", (28, 30, 53), call.mochi,
-              "Mochi, 480 x 848, 163 frames", {"num_layers": 4}, "48"),
+              "Mochi, 480 x 848, 163 frames"),
     ModelCase("cosmos-720p", "CosmosTransformer3DModel", (16, 44, 80), call.cosmos,
-              "Cosmos, 704 x 1280, 121 frames", {"num_layers": 4, "concat_padding_mask": False}, "28"),
+              "Cosmos, 704 x 1280, 121 frames", {"concat_padding_mask": False}),
     ModelCase("kandinsky5-512p", "Kandinsky5Transformer3DModel", (31, 32, 48), call.kandinsky5,
-              "Kandinsky 5, 512 x 768, 121 frames", {"num_visual_blocks": 4}, "32"),
+              "Kandinsky 5, 512 x 768, 121 frames"),
     ModelCase("flux-2048", "FluxTransformer2DModel", (128, 128), call.flux,
-              "FLUX.1, 2048 x 2048", {"num_layers": 2, "num_single_layers": 4, "guidance_embeds": True}, "57"),
+              "FLUX.1, 2048 x 2048", {"guidance_embeds": True}),
     ModelCase("tiny-wan", "WanTransformer3DModel", (3, 10, 12), call.wan, "seconds on any machine", _TINY_WAN,
               device_type="cpu"),
 )  # fmt: skip

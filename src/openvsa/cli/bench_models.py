@@ -83,8 +83,7 @@ def list_models(console: Console | None = None) -> None:
     console = console or make_console()
     table = Table("model", "what", "lattice", title="models (--model)", box=None, title_justify="left")
     for case in MODELS.values():
-        part = f"a few of {case.whole} layers" if case.whole else ""
-        table.add_row(case.name, f"{case.device_type}: {case.note}", "x".join(map(str, case.grid)), part)
+        table.add_row(case.name, f"{case.device_type}: {case.note}", "x".join(map(str, case.grid)))
     console.print(table, highlight=False)
 
 
