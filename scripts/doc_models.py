@@ -71,12 +71,14 @@ class MeasuredModel:
     def and_newer(self, file: Path, record: dict[str, Any], case: dict[str, Any]) -> MeasuredModel:
         if case["layers"] != self.case["layers"]:
             return MeasuredModel(file, record, case)
-        rows, kept = [], not case.get("profile") and bool(self.case.get("profile"))
+        rows, profile = [], list(case.get("profile", ()))
+        told = {entry["mode"] for entry in profile}
+        profile = [entry for entry in self.case.get("profile", ()) if entry["mode"] not in told] + profile
+        kept = len(profile) > len(case.get("profile", ()))
         for mode in dict.fromkeys(row["mode"] for row in (*self.case["rows"], *case["rows"])):
             old, new = ([row for row in rows if row["mode"] == mode] for rows in (self.case["rows"], case["rows"]))
             rows += new or old
             kept |= not new
-        profile = case.get("profile") or self.case.get("profile") or []
         others = (*self.others, (self.file, self.record)) if kept else ()
         return MeasuredModel(file, record, {**case, "rows": rows, "profile": profile}, others)
 

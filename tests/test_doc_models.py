@@ -83,7 +83,7 @@ def test_a_generation_counts_its_dense_steps_and_layers() -> None:
 def test_a_newer_file_counts_for_the_modes_that_it_has(tmp_path: Path) -> None:
     newer = record("2026-03-01", "wan-1.3b-480p", 100.0)
     [case] = newer["cases"]
-    del case["profile"]
+    case["profile"][0] |= {"mode": "compiled", "groups": {"attention": 80.0, "linear": 40.0}}
     case["rows"] = [
         *(row("attention", d, ms, 9.0) for d, ms in ((None, 9.0), (0.25, 3.0))),
         *(row("compiled", d, ms, 400.0, peak_bytes=2**30) for d, ms in ((None, 400.0), (0.25, 200.0))),
@@ -93,6 +93,8 @@ def test_a_newer_file_counts_for_the_modes_that_it_has(tmp_path: Path) -> None:
     assert "| `wan-1.3b-480p` | step, eager | 500 (cudnn) | 250 (2.00×) |" in page
     assert "| `wan-1.3b-480p` | step, compiled | 400 (cudnn) | 200 (2.00×) |" in page
     assert "| `wan-1.3b-480p` | 30 × attention | 270 (cudnn) | 90 (3.00×) |" in page
+    assert "| `wan-1.3b-480p` | eager | density 0.25 | 100 | 50 |" in page
+    assert "| `wan-1.3b-480p` | compiled | density 0.25 | 80 | 40 |" in page
     assert "models-compiled.json" in page
     assert "models-new.json" in page
 

@@ -183,6 +183,17 @@ def test_no_case_begins_after_the_time_is_spent(tmp_path: Path) -> None:
         load(path)
 
 
+def test_memory_that_another_model_holds_counts_for_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_run, "_run_and_peak", lambda subject: (subject.forward(), 3 * 2**30))
+    found = measure_model(TINY["wan"], CPU, QUICK, lambda text: None)
+    assert {row["peak_bytes"] for row in found["rows"] if row["mode"] == "eager"} == {3 * 2**30}
+    monkeypatch.setattr(model_run, "_held_bytes", lambda device: 2**30)
+    found = measure_model(TINY["wan"], CPU, QUICK, lambda text: None)
+    assert {row["peak_bytes"] for row in found["rows"] if row["mode"] == "eager"} == {None}
+    reasons = ["1.0 GiB were in use before the model was made, and would count"]
+    assert {"what": "peak memory", "reasons": reasons} in found["left_out"]
+
+
 def test_compiled_alone() -> None:
     with pytest.raises(OpenVSAError, match="modes are eager and compiled, got fast"):
         ModelOptions(modes=("fast",))
