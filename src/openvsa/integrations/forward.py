@@ -42,12 +42,24 @@ class Forward:
     thread: int = 0  # the one that it runs in; 0 for any
     entered: TileLayout | None = None  # of what the entries put in block order; None where the order stays
     left: TileLayout | None = None  # of what the exit puts back
-    checked_mask: bool = False
+    text_mask: bool | None = None  # whether the mask of its layers is that of padded text; None before it was seen
 
     @property
     def hoisted(self) -> bool:
         """Whether all layers have their tokens in block order."""
         return self.entered is not None
+
+    def is_of_text(self, mask: Tensor) -> bool:
+        """Whether mask [B or 1, tokens], the last of which are text, hides padding and nothing else. It is the same in
+        every layer, and to look at it waits for the device, so the answer of the first stands for all."""
+        if self.text_mask is None:
+            lengths = self.sequence.text_lengths
+            assert lengths is not None
+            tokens = mask.shape[1]
+            valid = torch.tensor(lengths, device=mask.device)[:, None] + (tokens - self.sequence.suffix)
+            expected = torch.arange(tokens, device=mask.device) < valid
+            self.text_mask = torch.equal(mask.bool().expand(len(lengths), -1), expected)
+        return self.text_mask
 
     def check_thread(self) -> None:
         """Refuse to be the forward of another thread than the one it runs in.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +16,15 @@ from diffusers import (
 )
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import openvsa
 from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
+from openvsa import SparsityConfig, UnsupportedError
+from openvsa.integrations.families.hunyuan_video15 import HunyuanVideo15
 
 TEXT, GLYPHS, IMAGE = 9, 5, 3
+GRID = (3, 4, 6)
 
 
 def build(channels: int = 4) -> nn.Module:
@@ -108,6 +114,62 @@ def test_padding_is_never_read() -> None:
         inputs["encoder_hidden_states"][0, 4:] = 1e4
         inputs["encoder_hidden_states_2"][:, 2:] = 1e4
         assert torch.equal(run(model, inputs), before)
+
+
+class PairsMade(TorchDispatchMode):
+    """Counts what is made of all pairs of tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.count = tokens, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out.is_meta:
+            self.count += out.shape[-2:] == (self.tokens, self.tokens) and out.dtype == torch.bool
+        return out
+
+
+def pairs_made(model: nn.Module, inputs: dict[str, Any]) -> int:
+    with PairsMade(math.prod(GRID) + TEXT + GLYPHS + IMAGE) as pairs:
+        run(model, inputs)
+    return pairs.count
+
+
+def test_sparse_layers_make_no_mask_of_all_pairs_of_tokens() -> None:
+    model, inputs = build(), call(GRID, (4, TEXT))
+    dense = run(model, inputs)
+    both = pairs_made(model, inputs)
+    assert both > 0
+    with openvsa.sparsify(model, density=0.3, tile=(1, 2, 2), min_tokens=0) as handle:
+        assert pairs_made(model, inputs) == 0
+        handle.config = replace(handle.config, dense_layers=(1,))
+        assert pairs_made(model, inputs) == both / 2
+        handle.config = replace(handle.config, density=1.0, dense_layers=())
+        close(run(model, inputs), dense)
+    assert pairs_made(model, inputs) == both
+
+
+def mask_the_first_token(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    mask = kwargs["attention_mask"].clone()
+    mask[:, 0] = False
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def test_another_mask_than_that_of_padding_is_refused_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build(), call(GRID, (4, TEXT))
+    for block in model.transformer_blocks:
+        block.attn.register_forward_pre_hook(mask_the_first_token, with_kwargs=True)
+    dense = run(model, inputs)
+    with openvsa.sparsify(model, density=0.3, tile=(1, 2, 2), min_tokens=0):
+        with pytest.raises(UnsupportedError, match=r"not that of padded text with \(6, 11\) valid tokens"):
+            run(model, inputs)
+    monkeypatch.setattr(HunyuanVideo15, "hoist", lambda self, transformer: None)
+    lenient = SparsityConfig(density=0.3, tile=(1, 2, 2), min_tokens=0, strict=False)
+    with openvsa.sparsify(model, config=lenient) as handle:
+        with pytest.warns(UserWarning, match="not that of padded text"):
+            close(run(model, inputs), dense)
+        assert [layer.sparse_calls for layer in handle.report().layers] == [0, 0]
 
 
 def test_tokens_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,8 @@ class Family(ABC):
     name: str
     transformers: tuple[str, ...]
     """Names of the Diffusers classes; their subclasses are served too."""
+    pair_mask: str = ""
+    """The argument of the processors that masks text, [B, text], if they make a mask of all pairs of tokens of it."""
 
     @abstractmethod
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:

@@ -23,6 +23,7 @@ class HunyuanVideo15(Family):
 
     name = "HunyuanVideo-1.5"
     transformers = ("HunyuanVideo15Transformer3DModel",)
+    pair_mask = "attention_mask"
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         return block_attentions(transformer, ("transformer_blocks",), "attn")
