@@ -141,11 +141,8 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
                 stage("host")
                 _measure_host(subject, result["rows"])
             _measure_steps(subject, "eager", options, result, reference, stage)
-        if "compiled" in options.modes and not model._repeated_blocks:
-            reasons = [f"{case.transformer} names no repeated blocks"]
-            result["left_out"].append({"what": "compiled steps", "reasons": reasons})
-        elif "compiled" in options.modes:
-            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        if "compiled" in options.modes:
+            _compile_blocks(model)
             _measure_steps(subject, "compiled", options, result, reference, stage)
         result["clocks"]["after"] = gpu_clocks(device)
     _add_ratios(result["rows"])
@@ -286,6 +283,15 @@ def _gate(subject: _Subject, failed: list[str]) -> tuple[dict[str, float], Tenso
 def _change(out: Tensor, of: Tensor) -> float:
     """The norm of the difference as a share of the norm of `of`."""
     return float((out.float() - of.float()).norm() / of.float().norm())
+
+
+def _compile_blocks(model: Any) -> None:
+    """One by one: those that Diffusers names, which are one graph each, or else those that hold the self-attentions."""
+    if model._repeated_blocks:
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        return
+    for name in dict.fromkeys(name.rpartition(".")[0] for name, _ in family_of(model).attentions(model)):
+        model.get_submodule(name).compile(dynamic=False)
 
 
 def _measure_host(subject: _Subject, rows: list[dict[str, Any]]) -> None:
