@@ -356,7 +356,7 @@ _TOKENWISE_HOOKS = {f"diffusers.hooks.{name}" for name in ("group_offloading", "
 def _permute_argument(name: str, value: Any, axis: int, dims: int, layout: TileLayout) -> Any:
     if isinstance(value, (list, tuple)):  # torch.compile of torch 2.9 cannot check against a union
         return tuple(_permute_argument(name, one, axis, dims, layout) for one in value)
-    if not isinstance(value, Tensor) or value.dim() != dims:
+    if not isinstance(value, Tensor) or value.dim() != dims or value.shape[axis] == 1:  # one number for all tokens
         return value
     layout.check(f"the argument {name}", value.shape[axis])
     return layout.permute(value, axis)

@@ -99,9 +99,12 @@ def test_contract_with_diffusers(model: LTXVideoTransformer3DModel) -> None:
     checks.check_contract(model, run, GRID, "LTXVideoAttnProcessor", forward)
 
 
-def test_tokens_change_their_order_once(model: LTXVideoTransformer3DModel) -> None:
-    """Noise levels that differ between tokens, as in image to video, change with them."""
-    given = inputs(315, (0, 1)) | {"timestep": 700 * torch.rand(2, 315, generator=torch.Generator().manual_seed(2))}
+@pytest.mark.parametrize("levels", [(2, 315), (2, 315, 1), (2, 1), (2, 1, 1)], ids=str)
+def test_tokens_change_their_order_once(model: LTXVideoTransformer3DModel, levels: tuple[int, ...]) -> None:
+    """Noise levels that differ between tokens change with them: image to video has two axes, the pipeline for long
+    videos three. One for all tokens, as in the condition pipeline without a condition, stays."""
+    noise = 700 * torch.rand(levels, generator=torch.Generator().manual_seed(2))
+    given = inputs(315, (0, 1)) | {"timestep": noise}
 
     def run_one() -> Tensor:
         with torch.no_grad():
@@ -198,9 +201,10 @@ CONDITIONS = [LTXVideoCondition(image=PICTURE, frame_index=index) for index in (
     [
         (LTXPipeline, {}, 0),
         (LTXImageToVideoPipeline, {"image": PICTURE}, 0),
+        (LTXConditionPipeline, {}, 0),
         (LTXConditionPipeline, {"conditions": CONDITIONS}, 128),
     ],
-    ids=["text", "image", "conditions"],
+    ids=["text", "image", "no-conditions", "conditions"],
 )
 def test_whole_pipelines(model: LTXVideoTransformer3DModel, kind: Any, more: dict[str, Any], prefix: int) -> None:
     """Guidance, noise levels per token and conditioning as the pipelines make them, to the latents."""

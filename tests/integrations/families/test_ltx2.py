@@ -126,6 +126,36 @@ def test_keyframes_stay_dense(model: LTX2VideoTransformer3DModel) -> None:
     checks.check_hoist(model, lambda: run_with_keyframe(model, grid))
 
 
+def run_with_memory(model: LTX2VideoTransformer3DModel, grid: tuple[int, int, int], rate: float = 24.0) -> Tensor:
+    """As Echo: tokens and coordinates of two remembered frames, far later, before the video's; levels [B, S, 1]."""
+    frames, height, width = grid
+    video, extra, cpu = frames * height * width, 2 * height * width, torch.device("cpu")
+    slot = model.rope.prepare_video_coords(2, 1, height, width, cpu)
+    slots = [slot + torch.tensor([500.0 + 50 * index, 0, 0]).view(1, 3, 1, 1) for index in range(2)]
+    coords = torch.cat([*slots, model.rope.prepare_video_coords(2, frames, height, width, cpu, fps=rate)], 2)
+    more = inputs(extra + video, (0, 1)) | {"video_coords": coords, "audio_timestep": torch.full((2,), 700.0)}
+    more["timestep"] = 700 * torch.rand(2, extra + video, 1, generator=torch.Generator().manual_seed(2))
+    more["timestep"][:, :extra] = 0.0
+    return run(model, grid, **more)
+
+
+@pytest.mark.parametrize(("grid", "rate"), [((5, 6, 8), 24.0), ((2, 8, 8), 8.0), ((1, 8, 8), 24.0)])
+def test_tokens_of_a_memory_before_the_video_stay_dense(
+    model: LTX2VideoTransformer3DModel, grid: tuple[int, int, int], rate: float
+) -> None:
+    dense = run_with_memory(model, grid, rate)
+    with openvsa.sparsify(model, density=1.0):
+        checks.close(run_with_memory(model, grid, rate), dense)
+    event = checks.events_of(model, lambda: run_with_memory(model, grid, rate), density=0.2)[0]
+    assert (event.layout.grid, event.layout.prefix, event.layout.suffix) == (grid, 2 * grid[1] * grid[2], 0)
+    checks.check_hoist(model, lambda: run_with_memory(model, grid, rate))
+
+
+def test_a_video_at_neither_end_is_refused(model: LTX2VideoTransformer3DModel) -> None:
+    with openvsa.sparsify(model, density=0.5), pytest.raises(openvsa.UnsupportedError, match="48 tokens beside the 72"):
+        run(model, GRID, **inputs(120, (0, 1)), video_coords=torch.rand(2, 3, 120, 2))
+
+
 @pytest.mark.parametrize("mask", [None, torch.tensor([0.0, 1.0])], ids=["all", "one-sample"])
 def test_spatio_temporal_guidance(mask: Tensor | None) -> None:
     """It replaces the attention of a block by its values, for all samples (then nothing is attended) or for some."""

@@ -50,4 +50,5 @@ class LTX(Family):
     def hoist(self, transformer: Any) -> Hoist | None:
         entries = ((transformer.rope, 1, 1), (transformer.proj_in, 1, 1))
         whole = (True, True)
-        return Hoist(entries, (transformer.proj_out, 1), (("timestep", 1, 2),), entry_around=whole, around=whole)
+        levels = (("timestep", 1, 2), ("timestep", 1, 3))  # [B, S], or [B, S, 1] in long videos
+        return Hoist(entries, (transformer.proj_out, 1), levels, entry_around=whole, around=whole)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from openvsa.errors import UnsupportedError
@@ -18,7 +19,8 @@ class LTX2(Family):
     """LTX2VideoTransformer3DModel: `attn1` of every block is self-attention over the video tokens.
 
     The audio's self-attention, both directions between video and audio, and text stay as they are. The video's own
-    tokens come first, num_frames x height x width; pipelines append those of keyframes and reference videos.
+    tokens are num_frames x height x width. Pipelines append those of keyframes and reference videos; Echo's puts those
+    of its memory first, which the coordinates tell.
     """
 
     name = "LTX-2"
@@ -49,7 +51,12 @@ class LTX2(Family):
                 "latents' num_frames, height and width",
                 {},
             )
-        return Sequence(grid, suffix=tokens - math.prod(grid))
+        others, coords = tokens - math.prod(grid), kwargs.get("video_coords")
+        # Inside torch.compile nothing is read from coordinates: tokens are taken for appended, as in LTX-2's pipelines.
+        before = 0
+        if others and coords is not None and not torch.compiler.is_compiling():
+            before = _tokens_before(coords, transformer.rope.prepare_video_coords(1, *sides.values(), "cpu"))
+        return Sequence(grid, prefix=before, suffix=others - before)
 
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         # One for each token where some are conditioning, which is further denoised than the video.
@@ -65,9 +72,34 @@ class LTX2(Family):
         tokens = 2 if transformer.config.rope_type == "split" else 1  # [B, H, S, D] or [B, S, D]
         ropes = tuple((rope, tokens, tokens) for rope in (transformer.rope, transformer.cross_attn_rope))
         entries, whole = (*ropes, (transformer.proj_in, 1, 1)), (True, True)
-        return Hoist(entries, (transformer.proj_out, 1), (("timestep", 1, 2),), entry_around=whole, around=whole)
+        levels = (("timestep", 1, 2), ("timestep", 1, 3))  # [B, S] or [B, S, 1]
+        return Hoist(entries, (transformer.proj_out, 1), levels, entry_around=whole, around=whole)
 
     def without_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Spatio-temporal guidance replaces the attention of chosen blocks by their values."""
         perturbed = kwargs.get("all_perturbed")
         return perturbed is not None and bool(perturbed)
+
+
+def _tokens_before(coords: Tensor, video: Tensor) -> int:
+    """How many tokens are before the video's in coordinates [B, 3, S, 2] of all of them: none, or all that are not the
+    video's. `video` are those of the video, [1, 3, S', 2], at any frame rate. Coordinates on a GPU are copied to the
+    host, which waits for it.
+
+    Raises:
+        UnsupportedError: the video is at neither end.
+    """
+    coords = coords[:1].detach().cpu().float()
+    tokens, others = video.shape[2], coords.shape[2] - video.shape[2]
+    for before in (0, others):
+        here = coords[:, :, before : before + tokens]
+        rate = here[0, 0, 0, 1] / video[0, 0, 0, 1]  # the end of the first frame
+        expected = torch.cat([video[:, :1] * rate, video[:, 1:]], 1)
+        if torch.allclose(here, expected, rtol=1e-2):
+            return before
+    raise UnsupportedError(
+        f"LTX-2 was called with {others} tokens beside the {tokens} of its lattice, and video_coords has the lattice "
+        "neither before nor after them; pass coordinates as transformer.rope.prepare_video_coords makes them for the "
+        "video, with those of other tokens before or after",
+        {},
+    )
