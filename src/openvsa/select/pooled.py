@@ -150,24 +150,31 @@ class PooledTopK:
             return found
 
         counts, indices = rank_in_chunks(of_rows, num_q, k_pooled.shape[1], batch * heads, budget)
-        return BlockPlan(*_with_text(counts, indices, layout), layout.q_blocks, layout.blocks)
+        lists = _with_text(counts, indices, layout, alike=budget.top_p in (None, 1))
+        return BlockPlan(*lists, layout.q_blocks, layout.blocks)
 
 
-def _with_text(counts: Tensor, indices: Tensor, layout: TileLayout) -> tuple[Tensor, Tensor]:
-    """Lists over tiles to lists over all blocks: text blocks are read by every block and read every block."""
+def _with_text(counts: Tensor, indices: Tensor, layout: TileLayout, *, alike: bool) -> tuple[Tensor, Tensor]:
+    """Lists over tiles to lists over all blocks: text blocks are read by every block and read every block.
+
+    `alike` says that every row keeps as many tiles as the lists are wide, which takes the host fewer launches.
+    """
     if not layout.text_blocks:
         return counts, indices
-    tiles, num_blocks = layout.tile_blocks, layout.num_blocks
-    after = num_blocks - tiles.stop
+    tiles, rows, num_blocks = layout.tile_blocks, layout.q_tile_blocks, layout.num_blocks
+    batch, heads, _, width = indices.shape
+    first, text, after = tiles.start, num_blocks - layout.num_tiles, num_blocks - tiles.stop
     every = torch.arange(num_blocks, dtype=torch.int32, device=indices.device)
-    # Ascending: text before, the kept tiles, text after; a row that keeps fewer tiles ends earlier.
-    slot = torch.arange(indices.shape[-1] + after, dtype=torch.int32, device=indices.device) - counts[..., None]
-    kept = torch.nn.functional.pad(indices + tiles.start, (0, after))
-    kept = torch.where(slot < 0, kept, (slot + tiles.stop) * (slot < after))
-    kept = torch.cat([every[: tiles.start].expand(*kept.shape[:-1], -1), kept], -1)
-    kept = torch.nn.functional.pad(kept, (0, num_blocks - kept.shape[-1]))
-    # Rows of text before and after those of tiles.
-    text_rows = (layout.q_tile_blocks.start, layout.q_blocks.num_blocks - layout.q_tile_blocks.stop)
-    above, below = (every.expand(*kept.shape[:2], rows, -1) for rows in text_rows)
-    counts = torch.nn.functional.pad(counts + (num_blocks - layout.num_tiles), text_rows, value=num_blocks)
-    return counts, torch.cat([above, kept, below], -2)
+    # Of each row of text all of it stays, of the others the text before the tiles, and what is past their counts.
+    lists = every.expand(batch, heads, layout.q_blocks.num_blocks, -1).clone(memory_format=torch.contiguous_format)
+    totals = counts.new_full(lists.shape[:3], num_blocks)
+    kept = lists[:, :, rows]
+    kept[..., first : first + width] = indices + first if first else indices
+    if alike:
+        kept[..., first + width : first + width + after] = every[tiles.stop :]
+        totals[:, :, rows] = width + text
+    else:  # ascending: the text after the tiles follows the last that a row keeps
+        place = counts[..., None] + torch.arange(first, first + after, device=counts.device)
+        kept.scatter_(-1, place, every[tiles.stop :].expand(place.shape))
+        totals[:, :, rows] = counts + text
+    return totals, lists
