@@ -118,10 +118,11 @@ def _all_alike(plan: BlockPlan) -> bool:
 
 
 def _pairs_share(plan: BlockPlan) -> Tensor:
-    """The share of all query-key pairs that a plan computes."""
-    device = plan.device
-    kept = torch.arange(plan.kv_indices.shape[-1], device=device) < plan.kv_num_blocks[..., None]
-    lens = plan.kv_blocks.lens_on(device)[plan.kv_indices.long() * kept]
-    keys = torch.where(kept, lens, 0).sum(-1).float()
-    pairs = (keys * plan.q_blocks.lens_on(device)).sum(-1).mean()
-    return pairs / plan.q_blocks.num_tokens / plan.kv_blocks.num_tokens
+    """The share of all query-key pairs that a plan computes. Asked in every call, so it makes few tensors of the size
+    of the lists, and those of 32 bits."""
+    indices, counts = plan.kv_indices, plan.kv_num_blocks
+    past = torch.arange(indices.shape[-1], device=plan.device) >= counts[..., None]
+    lens = plan.kv_blocks.lens_on(plan.device).index_select(0, indices.masked_fill(past, 0).flatten())
+    keys = lens.view(indices.shape).masked_fill_(past, 0).sum(-1, dtype=torch.float32)
+    rows = plan.q_blocks.num_blocks / plan.q_blocks.num_tokens / plan.kv_blocks.num_tokens
+    return (keys * plan.q_blocks.lens_on(plan.device)).mean() * rows
