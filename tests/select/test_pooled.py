@@ -58,6 +58,23 @@ def test_text_reads_and_is_read_by_everything() -> None:
     assert (mask[..., tiles, tiles].sum(-1) == 1).all(), "text competes for the budget of tiles"
 
 
+@pytest.mark.parametrize("q_tiles", [(), (1, 2, 2)], ids=["tiles", "boxes"])
+@pytest.mark.parametrize("budget", [Budget(top_k=2), Budget(top_p=0.6), Budget(top_p=1)], ids=str)
+def test_text_changes_nothing_about_the_tiles(budget: Budget, q_tiles: tuple[int, ...]) -> None:
+    """Also where rows keep different numbers of tiles, as with top_p."""
+    layout, alone = (TileLayout((3, 5, 6), (2, 2, 4), prefix, suffix, q_tiles) for prefix, suffix in ((20, 3), (0, 0)))
+    q, k = qk(layout)
+    plan = PooledTopK()(q, k, layout, budget)
+    without = PooledTopK()(q[:, 20:-3], k[:, 20:-3], alone, budget)
+    rows, tiles = layout.q_tile_blocks, layout.tile_blocks
+    plan.validate()
+    assert torch.equal(plan.block_mask()[..., rows, tiles], without.block_mask())
+    text = layout.num_blocks - layout.num_tiles
+    assert torch.equal(plan.kv_num_blocks[..., rows], without.kv_num_blocks + text)
+    counts = without.kv_num_blocks
+    assert (counts.min() < counts.max()) == (budget.top_p == 0.6)
+
+
 def test_means_that_are_at_hand_give_the_same_plan() -> None:
     q, k = qk(LAYOUT)
     rule = PooledTopK()
