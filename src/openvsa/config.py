@@ -6,7 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from openvsa.errors import BudgetError
@@ -103,9 +103,28 @@ class Budget:
         return kept
 
 
+def budget_of(density: float | None, others: Budget | None = None) -> Budget:
+    """The budget of a density, with what else `others` says.
+
+    Raises:
+        BudgetError: it is out of its range; the message speaks of the density, which is what was given.
+    """
+    try:
+        if others is None:
+            return Budget(keep_ratio=density)
+        return replace(others, top_k=None, top_p=None, keep_ratio=density)
+    except BudgetError as error:
+        raise BudgetError(str(error).replace("keep_ratio must", "density must")) from None
+
+
 def triton_interpret() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def spinning_is_bounded() -> bool:
+    """Whether the environment says how long OpenMP's threads spin while they wait (GOMP_SPINCOUNT, OMP_WAIT_POLICY)."""
+    return "GOMP_SPINCOUNT" in os.environ or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
 
 
 def machine_fact(function: F) -> F:

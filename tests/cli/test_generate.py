@@ -16,14 +16,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from openvsa import models
+from openvsa.cli import generate_pair
 from openvsa.evaluate import Figures, read_video, report
 from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes
 from openvsa.models.shots import ShotTokens
 
 FILES = ["dense.mp4", "report.html", "report.json", "side_by_side.mp4", "sparse.mp4"]
 WRONG = {
-    "density-0": (["--density", "0"], r"keep_ratio must be in \(0, 1\], got 0"),
-    "density-2": (["--density", "2"], r"keep_ratio must be in \(0, 1\], got 2"),
+    "density-0": (["--density", "0"], r"density must be in \(0, 1\], got 0"),
+    "density-2": (["--density", "2"], r"density must be in \(0, 1\], got 2"),
     "seed": (["--seed", "-1"], "--seed must be at least 0"),
     "device": (["--device", "toaster"], "--device must be cpu, cuda or cuda:N, got 'toaster'"),
     "other-device": (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
@@ -203,3 +204,19 @@ def test_a_busy_processor_is_said(
     outcome = openvsa_command("generate", "--steps", "2", "--density", "0.5", "--out", tmp_path / "out")
     assert outcome.status == 0
     assert ("Other programs kept the processor busy (load 100.0" in outcome.out) == said
+
+
+@pytest.mark.parametrize(
+    ("threads", "spins", "said"), [(1, "", ""), (2, "3000", "attention."), (2, "", "environment.")]
+)
+def test_what_a_busy_processor_calls_for(monkeypatch: pytest.MonkeyPatch, threads: int, spins: str, said: str) -> None:
+    """One thread waits for no other, and who has bounded the spinning, as `make demo` does, is not told to."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (100.0, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if spins:
+        monkeypatch.setenv("GOMP_SPINCOUNT", spins)
+    note = generate_pair._busy()
+    assert note.endswith(said)
+    assert bool(note) == bool(said)

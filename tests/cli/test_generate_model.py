@@ -190,9 +190,11 @@ def test_the_first_video_or_image_of_an_output_is_the_clip() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--density", 0], r"keep_ratio must be in \(0, 1\], got 0"),
+        (["--density", 0], r"density must be in \(0, 1\], got 0"),
         (["--height", 0], "--height must be at least 1, got 0"),
-        (["--fps", 0], "--fps must be above 0, got 0"),
+        (["--fps", 0], "--fps must be above 0 and finite, got 0"),
+        (["--fps", "nan"], "--fps must be above 0 and finite, got nan"),
+        (["--fps", "inf"], "--fps must be above 0 and finite, got inf"),
         (["--device", "toaster"], "--device must be cpu, cuda or cuda:N"),
         (["--image", "x.png"], "cannot read the image 'x.png'"),
         (["--scene", "glide"], "--scene is for the bundled model"),
@@ -240,10 +242,10 @@ def test_no_pipeline_and_no_prompt_are_named(openvsa_command: Callable, wan: Pat
     outcome = openvsa_command("generate", "--model", tmp_path, "--prompt", PROMPT, "--out", tmp_path / "out")
     assert (outcome.status, outcome.err.split(";")[0]) == (
         2,
-        "error: --model must be a folder with a Diffusers pipeline or the name of one on the Hugging Face hub",
+        "error: the model must be a folder with a Diffusers pipeline or the name of one on the Hugging Face hub",
     )
     outcome = openvsa_command("generate", "--model", wan, "--out", tmp_path / "out")
-    assert outcome == (2, "", "error: --model needs --prompt, the text to make a video of\n")
+    assert outcome == (2, "", "error: WanPipeline needs --prompt, the text to make a video of\n")
 
 
 @pytest.mark.parametrize(

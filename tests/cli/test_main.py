@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,6 +50,24 @@ def test_our_errors_are_one_message(openvsa_command: Callable, monkeypatch: pyte
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError), plain_errors():
         print(1 / 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "out.mp4"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # as safetensors says it
+    ],
+)
+def test_a_full_disk_is_one_message(
+    openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(console: object, question: object) -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    outcome = openvsa_command("doctor")
+    assert outcome == (2, "", f"error: nothing more can be written: {error}. Make room, or choose another disk.\n")
 
 
 def test_ctrl_c_stops_with_130(openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,17 @@ def plain_errors() -> Iterator[None]:
     except OpenVSAError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception as error:
+        if not _says_disk_full(error):
+            raise
+        print(f"error: nothing more can be written: {error}. Make room, or choose another disk.", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _says_disk_full(error: Exception) -> bool:
+    # Safetensors has errors of its own, with the number in the text alone.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,8 @@ def run_generate_model(
     rates = (fps, _default(asks, "frame_rate"), _default(asks, "fps"), _FPS)
     rate = next(float(value) for value in rates if value is not None)
     given |= {name: rate for name in ("frame_rate", "fps") if name in asks}
-    if rate <= 0:
-        raise OpenVSAError(f"--fps must be above 0, got {fps}")
+    if not 0 < rate < math.inf:
+        raise OpenVSAError(f"--fps must be above 0 and finite, got {fps}")
     check_output_folder(out)
 
     pipe = load(kind, model, where)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import openvsa
+from openvsa.config import spinning_is_bounded
 from openvsa.errors import OpenVSAError
 
 if TYPE_CHECKING:
@@ -210,12 +211,13 @@ def _busy() -> str:
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     cores = os.cpu_count() or 1
-    if load < cores + 0.75:
+    if load < cores + 0.75 or torch.get_num_threads() == 1:
         return ""
-    return (
+    said = (
         f"Other programs kept the processor busy (load {load:.1f}, {cores} cores): sparse attention suffers from that "
-        "more than full attention. It suffers less with GOMP_SPINCOUNT=3000 in the environment."
+        "more than full attention."
     )
+    return said if spinning_is_bounded() else f"{said} It suffers less with GOMP_SPINCOUNT=3000 in the environment."
 
 
 def describe(device: torch.device) -> str:

@@ -30,7 +30,7 @@ def pipeline_class(model: str) -> Any:
         index: Any = diffusers.DiffusionPipeline.load_config(model)
     except (OSError, ValueError) as error:
         raise OpenVSAError(
-            "--model must be a folder with a Diffusers pipeline or the name of one on the Hugging Face hub; the "
+            "the model must be a folder with a Diffusers pipeline or the name of one on the Hugging Face hub; the "
             f"model_index.json of {model!r} cannot be read: {error}"
         ) from None
     name = index.get("_class_name")
@@ -60,7 +60,7 @@ def arguments(
         OpenVSAError: it does not take an option that was given, or needs what `generate` cannot give.
     """
     if prompt is None:
-        raise OpenVSAError("--model needs --prompt, the text to make a video of")
+        raise OpenVSAError(f"{kind.__name__} needs --prompt, the text to make a video of")
     given: dict[str, Any] = {"prompt": prompt} | {name: size for name, size in sizes.items() if size is not None}
     for name, size in sizes.items():
         if size is not None and size < 1:
