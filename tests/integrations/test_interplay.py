@@ -14,7 +14,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanTransformer3DModel
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanPipeline, WanTransformer3DModel
 from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -472,6 +472,13 @@ def test_a_processor_with_weights_is_refused() -> None:
 
 
 # -- attaching and detaching ----------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_without_its_transformer_says_so() -> None:
+    with pytest.raises(
+        openvsa.OpenVSAError, match=r"transformer of this WanPipeline is not there yet.*load_components"
+    ):
+        attach(WanPipeline(None, None, None, None))
 
 
 def test_attaching_twice_is_refused_and_changes_nothing() -> None:

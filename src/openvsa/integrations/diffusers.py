@@ -264,6 +264,11 @@ def _transformers(model: Any) -> list[tuple[str, Any]]:
         for prefix, name in (("", "transformer"), ("transformer_2.", "transformer_2"))
     ]
     found = [(prefix, getattr(one, "_orig_mod", one)) for prefix, one in found if one is not None]
+    if not found and hasattr(model, "transformer"):
+        raise OpenVSAError(
+            f"the transformer of this {type(model).__name__} is not there yet: load it first (load_components(), for a "
+            "modular pipeline)"
+        )
     if not found:
         raise ShapeError(
             f"expected a Diffusers pipeline with a transformer, or a transformer, got {type(model).__name__}"

@@ -100,6 +100,8 @@ class SparseProcessor:
             return self.inner(attn, *args, **kwargs)
         if session.mine() is None:
             raise OpenVSAError(f"{self.name} ran outside its transformer's forward, so its lattice is not known")
+        if _attends_to_nothing(attn):
+            return self.inner(attn, *args, **kwargs)
         dense = self.budget is None
         if dense and not session.watches():
             return self.inner(attn, *args, **kwargs)
@@ -167,6 +169,15 @@ class SparseProcessor:
         if not self.warned and not torch.compiler.is_compiling():
             self.warned = True
             warnings.warn(f"dense attention instead of sparse: {reason}", stacklevel=2)
+
+
+def _attends_to_nothing(attn: Any) -> bool:
+    """Whether a hook of Diffusers' PerturbedAttentionGuidance answers attention of this module by its values. It does
+    so in a mode around this processor, which would not see calls that are answered here."""
+    registry = getattr(attn, "_diffusers_hook", None)
+    return registry is not None and any(
+        getattr(hook, "skip_attention_scores", False) for hook in registry.hooks.values()
+    )
 
 
 def wrap(inner: Any, layer: int, name: str, family: Family, session: Session) -> SparseProcessor:

@@ -6,7 +6,7 @@ import copy
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, NoReturn, Protocol
@@ -287,6 +287,9 @@ class Session:
                 )
             part = forward.parts[index]
             if tokens != part.layout.num_tokens:  # asked here, or every layer's name would be a guard of its graph
+                # FasterCache runs half of the batch in some steps, inside of the model's own forward. Which sample this
+                # is does not matter: as many tokens have the same layout.
+                part = next((one for one in forward.parts if one.layout.num_tokens == tokens), part)
                 part.layout.check(f"the self-attention of {processor.name}", tokens)
             return (part,)
         expected = sequence.prefix + math.prod(sequence.grid) + sequence.suffix
@@ -351,6 +354,8 @@ class Session:
 
 # What Diffusers' hooks of these modules do to hidden states, they do to each token alone and in this forward alone.
 _TOKENWISE_HOOKS = {f"diffusers.hooks.{name}" for name in ("group_offloading", "layerwise_casting", "layer_skip")}
+# Where the hooks are from that guidance by a weaker model puts in place for one forward, with the prompt of another.
+_WEAKER = "diffusers.hooks.layer_skip"
 
 
 def _permute_argument(name: str, value: Any, axis: int, dims: int, layout: TileLayout) -> Any:
@@ -427,13 +432,14 @@ class Site:
             return True
         if torch.compiler.is_compiling():  # it has no steps
             return False
-        registries = (module.__dict__.get("_diffusers_hook") for module in self.modules)
-        return any(
-            type(hook).__module__ not in _TOKENWISE_HOOKS
-            for registry in registries
-            if registry is not None
-            for hook in registry.hooks.values()
-        )
+        return any(where not in _TOKENWISE_HOOKS for _, where in self._hooks())
+
+    def _hooks(self) -> Iterator[tuple[int, str]]:
+        """Hooks of Diffusers that are in place now: the number of the module, and where the hook's class is from."""
+        for number, module in enumerate(self.modules):
+            registry = module.__dict__.get("_diffusers_hook")
+            for hook in () if registry is None else registry.hooks.values():
+                yield number, type(hook).__module__
 
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the transformer."""
@@ -530,6 +536,7 @@ class Site:
             if config.dense_last_steps:
                 num_steps = count_steps(session.pipeline())
             if config.reuse_steps > 1:
+                variant = (*variant, *(found for found in self._hooks() if found[1] == _WEAKER))
                 about = (sequence, None if condition is None else condition.shape[0], id(self.transformer))
                 kept = session.plans.of(condition, variant, about, step, config.reuse_steps)
         forward = session.forward

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
-from torch import nn
+from diffusers import FasterCacheConfig, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import openvsa
@@ -78,6 +78,32 @@ def test_valid_tokens_need_not_come_first() -> None:
 
 def test_tokens_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     check_hoist(build(), call((3, 4, 5), (0, TEXT, 4)), monkeypatch)
+
+
+def test_half_of_a_batch_under_faster_cache() -> None:
+    """It leaves the negative prompt's samples out of some forwards, within the model's own forward."""
+    inputs = call((3, 4, 6), (0, 7))
+
+    def outputs(sparse: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = build()
+        model.enable_cache(
+            FasterCacheConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_block_identifiers=("transformer_blocks",),
+                unconditional_batch_skip_range=3,
+                unconditional_batch_timestep_skip_range=(-1, 1001),
+                attention_weight_callback=lambda _: 0.5,
+                tensor_format="BCFHW",
+                current_timestep_callback=lambda: 500,
+            )
+        )
+        if sparse:
+            openvsa.sparsify(model, density=1.0)
+        return [run(model, {**inputs, "timestep": torch.full((2,), level)}) for level in (100.0, 200.0, 300.0)]
+
+    for ours, dense in zip(outputs(True), outputs(False), strict=True):
+        close(ours, dense)
 
 
 def test_samples_of_one_length() -> None:
