@@ -128,7 +128,7 @@ def times(row: Row | None) -> str:
 def steps(found: list[MeasuredModel]) -> str:
     """One row for each model and mode; attention alone is a mode of its own, summed over the layers."""
     densities = sorted({d for one in found for mode in MODES for d in one.sparse(mode)}, reverse=True)
-    head = ["model", "", "dense, ms", *(f"density {d:g}, ms" for d in densities), "aim", "peak, GiB", "host, ms"]
+    head = ["model", "", "dense, ms", *(f"density {d:g}, ms" for d in densities), "aim", "peak, GiB", "host, ms: dense, sparse"]
     lines = []
     for one in found:
         case, layers = one.case, one.case["layers"]
@@ -141,14 +141,21 @@ def steps(found: list[MeasuredModel]) -> str:
             aim = f"{case['target']}× at {TARGET_DENSITY}" if case["target"] and mode != "attention" else ""
             peaks = [row["peak_bytes"] for row in (dense, *sparse.values()) if row.get("peak_bytes")]
             peak = " to ".join(dict.fromkeys(f"{x / 2**30:.1f}" for x in (min(peaks), max(peaks)))) if peaks else ""
-            hosts = [row["ms"] for row in (one.dense("host"), *one.sparse("host").values()) if row]
-            host = f"{number(min(hosts))} to {number(max(hosts))}" if hosts and mode == "eager" else ""
+            host = hosts(one) if mode == "eager" else ""
             label = f"{layers} × attention" if mode == "attention" else f"step, {mode}"
             kernel = dense["variant"].removeprefix("dense-")
             lines.append(
                 [f"`{case['name']}`", label, f"{number(dense['ms'] * scale)} ({kernel})", *cells, aim, peak, host]
             )
     return table(head, lines)
+
+
+def hosts(one: MeasuredModel) -> str:
+    dense, sparse = one.dense("host"), [row["ms"] for row in one.sparse("host").values()]
+    if dense is None or not sparse:
+        return ""
+    found = dict.fromkeys(number(ms) for ms in (min(sparse), max(sparse)))
+    return f"{number(dense['ms'])}, {' to '.join(found)}"
 
 
 def short() -> str:
