@@ -301,6 +301,8 @@ def test_what_does_not_fit_is_refused() -> None:
     layout, budget = TileLayout(GRID, TILE), Budget(top_k=3)
     with pytest.raises(ShapeError, match=r"q has 90 tokens, but the layout of grid \(3, 5, 7\) has 105 .*3x5x7 = 105"):
         video_sparse_attention(q, k, v, TileLayout((3, 5, 7), TILE), budget)
+    with pytest.raises(ShapeError, match=r"dimension 2 of q \[2, 4, 90, 16\] has the 90 .* q\.transpose\(1, 2\)"):
+        video_sparse_attention(*(x.transpose(1, 2) for x in (q, k, v)), layout, budget)
     with pytest.raises(ShapeError, match=r"k has 89 tokens"):
         video_sparse_attention(q, k[:, 1:], v[:, 1:], layout, budget)
     with pytest.raises(ShapeError, match=r"branch_weight must be .*\(2, 90, 4, 16\).* got \(2, 90, 2, 16\)"):

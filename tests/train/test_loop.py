@@ -74,6 +74,10 @@ def test_a_diverged_run_stops(config):
         ({"out": "file/out"}, "cannot write into the folder '.*file/out'"),
         ({"checkpoint": "file/last"}, "cannot write into the folder '.*file'"),
         ({"checkpoint": "."}, "the checkpoint must be a file"),
+        (
+            {"checkpoint": "file"},
+            "the checkpoint '.*file' exists already, and a new run would overwrite it: .*--resume",
+        ),
         ({"checkpoint": "none", "resume": True}, "there is no checkpoint '.*none' to resume"),
     ],
 )

@@ -61,6 +61,11 @@ def video_sparse_attention(
     check_visible("video sparse attention")
     check_qkv(q, k, v)
     check_layout(layout)
+    if q.shape[1] != layout.num_tokens == q.shape[2]:
+        raise ShapeError(
+            f"q, k and v must be [batch, seq, heads, head_dim], and dimension 2 of q {list(q.shape)} has the "
+            f"{layout.num_tokens} tokens of the layout; give them as q.transpose(1, 2)"
+        )
     layout.check("q", q.shape[1])
     layout.check("k", k.shape[1])
     if branch_weight is not None:

@@ -122,6 +122,11 @@ def _check_surroundings(config: TrainConfig) -> None:
             raise OpenVSAError(f"cannot write into the folder {str(folder)!r}: {error}; choose another") from None
     if checkpoint is not None and checkpoint.is_dir():
         raise OpenVSAError(f"the checkpoint must be a file, and {str(checkpoint)!r} is a folder; name a file in it")
+    if not config.resume and checkpoint is not None and checkpoint.exists():
+        raise OpenVSAError(
+            f"the checkpoint {str(checkpoint)!r} exists already, and a new run would overwrite it: go on from it with "
+            "--resume, name another file, or remove it"
+        )
     if config.resume and checkpoint is not None and not checkpoint.is_file():
         raise OpenVSAError(f"there is no checkpoint {str(checkpoint)!r} to resume; leave out --resume to begin one")
 

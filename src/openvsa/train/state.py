@@ -98,8 +98,11 @@ class TrainState:
         try:
             self.model.load_state_dict(_below("model.", tensors))
             self.ema.load_state_dict(_below("ema.", tensors))
-        except RuntimeError as error:
-            raise OpenVSAError(f"the checkpoint {str(path)!r} is of another model: {error}") from None
+        except RuntimeError:
+            raise OpenVSAError(
+                f"the checkpoint {str(path)!r} is of another model than this recipe makes ({self._differs(tensors)}): "
+                "resume it with the preset that it was begun with"
+            ) from None
         for index, optimizer in enumerate(self.optimizers):
             content = optimizer.state_dict()
             for name, tensor in _below(f"optimizer.{index}.", tensors).items():
@@ -109,6 +112,14 @@ class TrainState:
         self.draws.set_state(tensors["generator.draws"])
         self.noise.set_state(tensors["generator.noise"])
         self.step, self.seconds, self.seed = step, seconds, seed
+
+    def _differs(self, tensors: dict[str, Tensor]) -> str:
+        ours, theirs = self.model.state_dict(), _below("model.", tensors)
+        for name in [*ours, *theirs]:
+            found, wanted = (list(of[name].shape) if name in of else "absent" for of in (theirs, ours))
+            if found != wanted:
+                return f"{name} is {found}, not {wanted}"
+        return "its averaged weights"
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
