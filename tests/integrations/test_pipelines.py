@@ -230,3 +230,20 @@ def test_a_whole_pipeline(maker: Callable[[], Made]) -> None:
         assert len(plans) == 2 * forwards
         assert plans[:forwards] == plans[forwards:], "each branch uses its own plan again"
         assert len(set(plans)) == forwards
+
+
+def test_a_pipeline_made_from_another_counts_steps_of_its_own() -> None:
+    """They share a scheduler, but only one of them was given to sparsify. Video to video takes three steps of five."""
+    torch.manual_seed(0)
+    pipe = WanPipeline(None, None, wan_vae(), euler(), wan_transformer())
+    other = WanVideoToVideoPipeline.from_pipe(pipe)
+    given = {**prompts(1, 7, 16), "num_inference_steps": 5, "guidance_scale": 1.0, "output_type": "latent"}
+    events: list[AttentionEvent] = []
+    config = SparsityConfig(density=0.3, dense_first_steps=1, dense_last_steps=1)
+    with openvsa.sparsify(pipe, config=config) as handle:
+        handle.on_attention(events.append)
+        pipe(**given, **SIZES)
+        other(**given, video=[PICTURE] * 9, height=80, width=112, strength=0.6)
+    sparse = [event.plan is not None for event in events if event.layer == 0]
+    assert sparse[:5] == [False, True, True, True, False]
+    assert sparse[5:] == [False, True, False]

@@ -534,7 +534,7 @@ class Site:
         if config.needs_steps:
             step = self._step(sequence, timestep)
             if config.dense_last_steps:
-                num_steps = count_steps(session.pipeline())
+                num_steps = count_steps(session.pipeline(), step)
             if config.reuse_steps > 1:
                 variant = (*variant, *(found for found in self._hooks() if found[1] == _WEAKER))
                 about = (sequence, None if condition is None else condition.shape[0], id(self.transformer))

@@ -53,8 +53,8 @@ def weakly(model: Any) -> Callable[[], Any]:
         return lambda: model
 
 
-def count_steps(pipeline: Any) -> int:
-    """How many steps the generation has that a pipeline is at.
+def count_steps(pipeline: Any, step: int = 0) -> int:
+    """How many steps the generation has that a pipeline, or another one with its scheduler, is at, in step `step`.
 
     Raises:
         UnsupportedError: the pipeline, or its scheduler, is gone.
@@ -64,6 +64,10 @@ def count_steps(pipeline: Any) -> int:
         raise UnsupportedError(
             "dense_last_steps needs the pipeline given to sparsify, but it, or its scheduler, is gone; keep it", {}
         )
+    # What the scheduler says holds also for a pipeline that shares it (`from_pipe`), and for one of modular blocks.
+    at: int | None = getattr(pipeline.scheduler, "step_index", None)
+    if step and at is not None:  # it is set in the first step
+        return step + len(timesteps[at:].unique())
     # Video to video begins midway: Diffusers' pipelines have the number of those that are left.
     left = getattr(pipeline, "num_timesteps", None) or len(timesteps)
     return len(timesteps[-left:].unique())
