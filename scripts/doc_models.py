@@ -128,7 +128,8 @@ def times(row: Row | None) -> str:
 def steps(found: list[MeasuredModel]) -> str:
     """One row for each model and mode; attention alone is a mode of its own, summed over the layers."""
     densities = sorted({d for one in found for mode in MODES for d in one.sparse(mode)}, reverse=True)
-    head = ["model", "", "dense, ms", *(f"density {d:g}, ms" for d in densities), "aim", "peak, GiB", "host, ms: dense, sparse"]
+    ways = ["dense, ms", *(f"density {d:g}, ms" for d in densities)]
+    head = ["model", "", *ways, "aim", "peak, GiB", "host, ms: dense, sparse"]
     lines = []
     for one in found:
         case, layers = one.case, one.case["layers"]

@@ -295,8 +295,8 @@ def _compile_blocks(model: Any) -> None:
 
 
 def _measure_host(subject: _Subject, rows: list[dict[str, Any]]) -> None:
-    """How long the host is busy with a step: a step over a lattice so small that it waits for nothing else. Dense is the
-    model as it is, without the mode that chooses a kernel, which takes the host time in every function."""
+    """How long the host is busy with a step: a step over a lattice so small that it waits for nothing else. Dense is
+    the model as it is, without the mode that chooses a kernel, which takes the host time in every function."""
     inputs = subject.case.arguments(subject.model, subject.device, SMALL_GRID[-len(subject.case.grid) :])
     for name, density in subject.ways().items():
         found = []
