@@ -108,29 +108,38 @@ class SparseProcessor:
         if not dense and getattr(self.inner, "_parallel_config", None) is not None:
             raise UnsupportedError(f"{self.name} runs under context parallelism, which is not supported yet", {})
         hidden_states = args[0] if args else kwargs.get("hidden_states")
-        if not dense and self.family.pair_mask in kwargs:
-            kwargs = self._without_pairs(kwargs)
 
         def attend(index: int, **call: Any) -> Tensor:
             return session.attend(self, attn, hidden_states, index, **call)
 
         mode = Interception(attend)
+        if not dense and self.family.pair_mask in kwargs:
+            out = self._without_pairs(mode, attn, args, kwargs)
+            if mode.calls:
+                return out
         with mode:
             out = self.inner(attn, *args, **kwargs)
         if not mode.calls:
             self._without_call(dense, attn, args, kwargs)
         return out
 
-    def _without_pairs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments with a mask of text that has no values: a processor that makes one of all pairs of tokens of it
-        does so for nothing, since sparse attention knows the lengths, and in each layer: 12 GiB for 113,000 tokens."""
+    def _without_pairs(self, mode: Interception, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of the call, made with a mask of text that has no values: a processor that makes one of all pairs
+        of tokens of it does so for nothing, since sparse attention knows the lengths, and in each layer: 12 GiB for
+        113,000 tokens. If the mode saw no attention the output is none: an attention backend wants the values."""
         forward, mask = self.session.forward, kwargs[self.family.pair_mask]
         if torch.compiler.is_compiling():  # it makes nothing that is not read
-            return kwargs
+            return None
         assert forward is not None
         if mask is None or mask.shape[1] != forward.sequence.suffix or not forward.is_of_text(mask):
-            return kwargs
-        return {**kwargs, self.family.pair_mask: mask.to("meta")}
+            return None
+        try:
+            with mode:
+                return self.inner(attn, *args, **{**kwargs, self.family.pair_mask: mask.to("meta")})
+        except Exception as error:
+            if mode.calls or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return None
 
     def check_place(self, attn: Any) -> None:
         """Refuse a forward in which Diffusers has put a processor of its own in this one's place. Others' may be around

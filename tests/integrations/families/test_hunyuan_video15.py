@@ -15,6 +15,7 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -168,6 +169,19 @@ def test_another_mask_than_that_of_padding_is_refused_in_every_layer(monkeypatch
     lenient = SparsityConfig(density=0.3, tile=(1, 2, 2), min_tokens=0, strict=False)
     with openvsa.sparsify(model, config=lenient) as handle:
         with pytest.warns(UserWarning, match="not that of padded text"):
+            close(run(model, inputs), dense)
+        assert [layer.sparse_calls for layer in handle.report().layers] == [0, 0]
+
+
+def test_an_attention_backend_that_reads_the_mask_is_refused_as_any_other() -> None:
+    model, inputs = build(), call(GRID, (4, TEXT))
+    dense = run(model, inputs)
+    config = SparsityConfig(density=0.3, tile=(1, 2, 2), min_tokens=0)
+    with openvsa.sparsify(model, config=config) as handle, attention_backend("flex"):
+        with pytest.raises(UnsupportedError, match=r"backend does not go through.*set_attention_backend"):
+            run(model, inputs)
+        handle.config = replace(config, strict=False)
+        with pytest.warns(UserWarning, match="backend does not go through"):
             close(run(model, inputs), dense)
         assert [layer.sparse_calls for layer in handle.report().layers] == [0, 0]
 
