@@ -80,6 +80,17 @@ def test_dense_last_steps_need_the_scheduler() -> None:
             run(model, 900.0)
 
 
+def test_a_scheduler_that_has_ended_its_generation_says_nothing_about_the_next() -> None:
+    """As that of a pipeline whose transformer another one uses with a scheduler of its own."""
+    model = tiny_wan()
+    dense = {level: run(model, level) for level in LEVELS}
+    scheduler = SimpleNamespace(timesteps=torch.tensor(LEVELS), step_index=len(LEVELS))
+    pipe = SimpleNamespace(transformer=model, scheduler=scheduler)
+    with openvsa.sparsify(pipe, config=SparsityConfig(density=0.2, tile=(1, 2, 2), dense_last_steps=1)):
+        same = [torch.equal(run(model, level), dense[level]) for level in LEVELS]
+    assert same == [False] * 4 + [True]
+
+
 @pytest.mark.parametrize(("first", "last", "warned"), [(4, 0, False), (5, 0, True), (3, 2, True), (10, 0, True)])
 def test_a_generation_without_a_sparse_step_says_so(first: int, last: int, warned: bool) -> None:
     """As a preset for the pipeline's usual number of steps in a generation of few."""

@@ -66,7 +66,8 @@ def count_steps(pipeline: Any, step: int = 0) -> int:
         )
     # What the scheduler says holds also for a pipeline that shares it (`from_pipe`), and for one of modular blocks.
     at: int | None = getattr(pipeline.scheduler, "step_index", None)
-    if step and at is not None:  # it is set in the first step
+    # It is set in the first step, and past the last one it is of a generation that has ended, not of this one.
+    if step and at is not None and at < len(timesteps):
         return step + len(timesteps[at:].unique())
     # Video to video begins midway: Diffusers' pipelines have the number of those that are left.
     left = getattr(pipeline, "num_timesteps", None) or len(timesteps)
