@@ -225,6 +225,9 @@ def test_break_even_and_ceiling_by_hand(figures: AuditFigures) -> None:
     assert line.break_even == pytest.approx(0.75)
     assert replace(line, dense_forward=9.0).break_even == 1.0
     assert replace(line, dense_forward=0.5).break_even is None
+    flat = replace(figures, times=(TimedDensity(0.25, 3.0), TimedDensity(1.0, 2.0)))
+    assert replace(flat, dense_forward=2.6).break_even == 1.0, "faster, whatever the density"
+    assert replace(flat, dense_forward=2.4).break_even is None
     dense = replace(figures.dense, total_seconds=10.0, attention_seconds=6.0)
     assert replace(figures, dense=dense).ceiling == pytest.approx(2.5)
 

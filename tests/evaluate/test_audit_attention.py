@@ -8,6 +8,7 @@ import torch
 from openvsa import Budget, TileLayout, block_sparse_attention
 from openvsa.evaluate import audit_attention
 from openvsa.evaluate.audit_attention import audit_call, exact_attention, oracle_plan
+from openvsa.plan import BlockPlan
 from openvsa.select import PooledTopK
 
 LAYOUTS = [TileLayout(grid=(3, 5, 7), tile=(2, 2, 4)), TileLayout(grid=(4, 6), tile=(2, 3), prefix=3, suffix=4)]
@@ -80,14 +81,31 @@ def test_some_rows_stand_for_all() -> None:
     assert part.error == pytest.approx(error.tolist(), rel=1e-3)
 
 
-def test_the_oracle_keeps_as_many_blocks_and_the_most_mass() -> None:
+def test_the_oracle_keeps_as_many_tiles_and_the_most_mass() -> None:
     layout = LAYOUTS[1]
     q, k, v = case(layout)
     plan = PooledTopK()(q[:1], k[:1], layout, Budget(top_p=0.6))
     mass, _ = exact_attention(q[:1], k[:1], v[:1], layout.blocks, layout.blocks)
-    oracle = oracle_plan(mass, plan)
+    oracle = oracle_plan(mass, plan, layout)
     assert torch.equal(oracle.kv_num_blocks, plan.kv_num_blocks)
-    mask = oracle.block_mask()[0]
+    text = torch.ones(layout.num_blocks, dtype=torch.bool)
+    text[layout.tile_blocks] = False
+    assert torch.equal(oracle.block_mask()[..., text], plan.block_mask()[..., text]), "the text makes room for no tile"
+    mask, mass = oracle.block_mask()[0][..., ~text], mass[..., ~text]
     least = torch.where(mask, mass, torch.inf).amin(-1)
     most = torch.where(mask, -torch.inf, mass).amax(-1)
     assert (least >= most).all()
+
+
+def test_the_oracle_leaves_text_as_the_plan_has_it() -> None:
+    """Here in a plan that reads no text, though text has the most mass."""
+    layout = LAYOUTS[1]
+    q, k, v = case(layout)
+    k[:, : layout.prefix] = q.mean((1, 2), keepdim=True)
+    tiles = torch.zeros(layout.num_blocks, layout.num_blocks, dtype=torch.bool)
+    tiles[:, layout.tile_blocks.start] = True
+    plan = BlockPlan.from_block_mask(tiles[None, None], layout.blocks, layout.blocks)
+    mass, _ = exact_attention(q[:1], k[:1], v[:1], layout.blocks, layout.blocks)
+    mask = oracle_plan(mass, plan, layout).block_mask()[0]
+    assert (mask.sum(-1) == 1).all()
+    assert torch.equal(mask.int().argmax(-1), mass[..., layout.tile_blocks].argmax(-1) + layout.tile_blocks.start)

@@ -33,9 +33,10 @@ class CurvePoint:
 class CallFigures:
     """One attention call, first sample of the batch; tuples have one entry per head.
 
-    recall, oracle_recall: share of the exact attention mass on the blocks that the selector's plan keeps, and on the
-    best blocks of the same number; mean over query tokens. output: summed squared dense output. error, oracle_error:
-    summed squared difference of the sparse output from it. curve: the same at other densities, ascending.
+    density: share of pairs of blocks that the selector's plan keeps. recall, oracle_recall: share of the exact
+    attention mass on the blocks that it keeps, and on the best tiles of the same number (see `oracle_plan`); mean over
+    query tokens. output: summed squared dense output. error, oracle_error: summed squared difference of the sparse
+    output from it. curve: the same at other densities, ascending. Text counts everywhere, as queries and as keys.
     """
 
     density: tuple[float, ...]
@@ -79,7 +80,7 @@ def audit_call(
     first = plans[None]
     q, k, v = q.float(), k.float(), v.float()
     mass, dense = exact_attention(q, k, v, first.q_blocks, first.kv_blocks)
-    oracle = oracle_plan(mass, first)
+    oracle = oracle_plan(mass, first, layout)
 
     def error(plan: BlockPlan) -> tuple[float, ...]:
         return _per_head((block_sparse_attention(q, k, v, plan) - dense).square().sum((0, 1, 3)))
@@ -128,10 +129,15 @@ def exact_attention(
     return mass / q_blocks.lens_on(q.device)[:, None], out
 
 
-def oracle_plan(mass: Tensor, plan: BlockPlan) -> BlockPlan:
-    """The plan that keeps in every row as many blocks as `plan` does, those with the most exact mass [H, NQ, NK]."""
+def oracle_plan(mass: Tensor, plan: BlockPlan, layout: TileLayout) -> BlockPlan:
+    """The plan that keeps in every row as many tiles as `plan` does, those with the most exact mass [H, NQ, NK]. Text
+    stays as it is in `plan`: left out, a block of a few words would make room for a whole tile."""
     width = plan.kv_indices.shape[-1]
     counts = plan.kv_num_blocks[:1].expand(1, mass.shape[0], -1)
+    text = torch.ones(layout.num_blocks, dtype=torch.bool, device=mass.device)
+    text[layout.tile_blocks] = False
+    kept = plan.block_mask()[0]
+    mass = mass.masked_fill(text & kept, torch.inf).masked_fill(text & ~kept, -1.0)
     best = mass.topk(width, dim=-1).indices[None]
     past = torch.arange(width, device=mass.device) >= counts[..., None]
     indices = best.masked_fill(past, plan.kv_blocks.num_blocks).sort(-1).values.masked_fill(past, 0)

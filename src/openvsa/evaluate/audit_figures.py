@@ -54,7 +54,7 @@ class CallAudit:
 
     @property
     def oracle_error(self) -> float:
-        """The same with the best blocks of the same number."""
+        """The same with the best tiles of the same number."""
         return _ratio(self.figures.oracle_error, self.figures.output)
 
     @property
@@ -68,9 +68,10 @@ class ForwardAudit:
     """One forward of the transformer, repeated with its own inputs.
 
     error: norm of the change of its prediction over the norm of the prediction, all layers sparse at the uniform
-    density. moved: norm of the way that the latents go in this step. gains: layer -> for each head, the share of the
-    squared change that vanishes when this head alone is made dense (below 0 if it grows); one entry for the whole layer
-    if layers were measured; empty unless a table was asked for. budgeted: the same as `error` with the table.
+    density. moved: norm of the way that the latents go in this step (of the first, which no pipeline tells, that of the
+    second). gains: layer -> for each head, the share of the squared change that vanishes when this head alone is made
+    dense (below 0 if it grows); one entry for the whole layer if layers were measured; empty unless a table was asked
+    for. budgeted: the same as `error` with the table.
     """
 
     step: int
@@ -144,10 +145,12 @@ class AuditFigures:
     @property
     def break_even(self) -> float | None:
         """The density at which sparse attention takes as long as dense: where the straight line through `times`
-        (least squares) reaches `dense_forward`. At most 1; None where sparse attention is slower at any density or the
-        times do not grow with density."""
+        (least squares) reaches `dense_forward`. At most 1; None where sparse attention is slower at any density. Times
+        that do not grow with density are one time, their mean, at all of them."""
         slope, overhead = self._line()
-        if slope <= 0 or overhead >= self.dense_forward:
+        if slope <= 0:
+            return 1.0 if _mean([at.seconds for at in self.times]) < self.dense_forward else None
+        if overhead >= self.dense_forward:
             return None
         return min(1.0, (self.dense_forward - overhead) / slope)
 

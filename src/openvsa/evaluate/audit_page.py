@@ -131,7 +131,7 @@ def heatmaps(figures: AuditFigures) -> list[Heatmap]:
             _heatmap(
                 "budget-head",
                 "The budget table, layer by head",
-                "The density of each head, where the mean of all of them is the density asked for.",
+                "The density of each head. The mean of all of them is the density asked for, in whole tiles.",
                 figures,
                 of_heads,
                 padded,

@@ -24,7 +24,8 @@ class BudgetTable:
     """How a total density is spent on the layers and heads of a model.
 
     Args:
-        density: mean of all entries, in (0, 1].
+        density: the one asked for, in (0, 1], which layers without an entry get. The mean of all entries is as much in
+            whole tiles.
         layers: name of a layer, as in a report of the model -> one density in (0, 1] for each of its heads.
         tile: the tile it was measured with, along (T, H, W); None where any tile will do.
 
