@@ -18,8 +18,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from openvsa import models
 from openvsa.cli import generate_pair
 from openvsa.evaluate import Figures, read_video, report
-from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes
+from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes, save_pipeline
 from openvsa.models.shots import ShotTokens
+from openvsa.select import BudgetTable
 
 FILES = ["dense.mp4", "report.html", "report.json", "side_by_side.mp4", "sparse.mp4"]
 WRONG = {
@@ -138,6 +139,44 @@ def test_a_wrong_argument_is_reported_before_any_work(
 def test_a_wrong_scene_makes_no_folder(openvsa_command: Callable, calls: list[int], tmp_path: Path) -> None:
     assert openvsa_command("generate", "--scene", "moon", "--out", tmp_path / "new").status == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_of_ones_own(openvsa_command: Callable, calls: list[int], tmp_path: Path) -> None:
+    """What `openvsa train` writes, and not the bundled model, makes the clips; the page's command makes them again."""
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    pipe = small_pipeline()
+    pipe.scenes = ()
+    pipe.shot_tokens = ShotTokens(num_rows=20, num_tokens=2, dim=8)
+    save_pipeline(pipe, mine, {})
+    outcome = openvsa_command("generate", "--model", mine, "--steps", 1, "--out", out)
+    assert outcome.status == 0, outcome.err
+    settings = Figures.from_json((out / "report.json").read_text()).settings
+    assert settings.model == str(mine)
+    assert shlex.split(settings.command)[:6] == ["openvsa", "generate", "--model", str(mine), "--scene", "bird-song"]
+    assert f"<dd>{mine}</dd>" in (out / "report.html").read_text()
+    assert openvsa_command(*shlex.split(settings.command)[1:]).status == 0
+    made = len(calls)
+    outcome = openvsa_command("generate", "--model", mine, "--scene", "squirrels", "--out", out)
+    assert re.search("there is no scene 'squirrels'; choose one of: bird-song", outcome.err)
+    outcome = openvsa_command("generate", "--model", mine, "--prompt", "a fox", "--out", out)
+    assert outcome.err == "error: --prompt: a model of openvsa train takes none; give a pipeline with --model\n"
+    assert len(calls) == made
+
+
+def test_a_table_of_another_model_is_refused_before_any_work(
+    openvsa_command: Callable, calls: list[int], tmp_path: Path
+) -> None:
+    table, out = tmp_path / "table.json", tmp_path / "out"
+    for layers, message in (
+        ({"blocks.0.attn1": (0.5,) * 3, "blocks.1.attn1": (0.5,) * 3}, "blocks.0.attn1 has 2 heads, .* 3 densities"),
+        ({"blocks.7.attn1": (0.5, 0.5)}, "blocks.7.attn1"),
+    ):
+        BudgetTable(0.5, layers).save(table)
+        outcome = openvsa_command("generate", "--config", table, "--out", out)
+        assert outcome.status == 2
+        assert re.search(message, outcome.err)
+        assert calls == []
+        assert list(out.iterdir()) == []
 
 
 def test_damaged_weights_are_reported_before_any_work(

@@ -33,6 +33,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_generate_defaults(openvsa_command: Callable, received: dict[str, Any]) -> None:
     assert openvsa_command("generate").status == 0
     assert received == {
+        "model": None,
         "scene": None,
         "image": None,
         "density": None,
@@ -48,6 +49,7 @@ def test_generate_takes_every_option(openvsa_command: Callable, received: dict[s
     options = "--image cat.png --density 0.5 --seed 3 --steps 4 --device cuda:1 --out there"
     assert openvsa_command("generate", *options.split()).status == 0
     assert received == {
+        "model": None,
         "scene": None,
         "image": Path("cat.png"),
         "density": 0.5,

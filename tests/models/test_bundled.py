@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import openvsa
-from openvsa.models import bundled_scenes, load_pipeline, save_pipeline
+from openvsa.models import bundled, bundled_scenes, load_pipeline, save_pipeline
 from openvsa.models.scenes import FilmShots, read_image
 from openvsa.models.shots import ShotTokens
 
@@ -41,7 +41,7 @@ def test_a_model_of_few_shots_has_no_scenes_of_others(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damaged_weights_are_named(saved, damage):
+def test_damaged_weights_are_named(saved, damage, monkeypatch):
     path = weights(saved)
     content = bytearray(path.read_bytes())
     if damage == "flip":
@@ -51,9 +51,12 @@ def test_damaged_weights_are_named(saved, damage):
         path.write_bytes(content[: len(content) // 2])
     else:
         path.unlink()
-    with pytest.raises(openvsa.OpenVSAError, match=r"(missing|damaged)[\s\S]*Install the package again") as caught:
+    with pytest.raises(openvsa.OpenVSAError, match=r"(missing|damaged)[\s\S]*Copy it again") as caught:
         load_pipeline(saved)
     assert str(path) in str(caught.value)
+    monkeypatch.setattr(bundled, "WEIGHTS_FOLDER", saved)
+    with pytest.raises(openvsa.OpenVSAError, match=r"(missing|damaged)[\s\S]*Install the package again"):
+        bundled.load_bundled()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])

@@ -36,9 +36,12 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Picture of your own to continue instead of a scene.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Diffusers pipeline instead of the bundled model: a folder, or a name on the hub."),
+        typer.Option(
+            help="Instead of the bundled model: a Diffusers pipeline, a folder or a name on the hub; or the folder of "
+            "a model of openvsa train."
+        ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to make a video of, for --model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to make a video of, for a Diffusers pipeline.")] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.25.")
     ] = None,
@@ -50,10 +53,10 @@ def generate(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps; by default 16, or what the pipeline takes.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, for --model; by default what the pipeline takes.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, for a Diffusers pipeline; by default its own.")] = None,
     width: Annotated[int | None, typer.Option(help="The same.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, for --model.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second, for --model.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, for a Diffusers pipeline.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, for a Diffusers pipeline.")] = None,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the videos and the page.")] = Path("demo"),
     list_scenes: Annotated[bool, typer.Option("--list-scenes", help="Print the scenes and stop.")] = False,
@@ -66,19 +69,22 @@ def generate(
         return
     asked = {"prompt": prompt, "height": height, "width": width, "frames": frames, "fps": fps}
     common = {"image": image, "density": density, "config": config, "seed": seed, "device": device, "out": out}
-    if model is not None:
+    from openvsa.cli.generate import is_clip_model, run_generate
+
+    if model is not None and not is_clip_model(model):
         if scene is not None:
-            raise OpenVSAError("--scene is for the bundled model; give --model a --prompt")
+            raise OpenVSAError(
+                "--scene is for the bundled model and those of openvsa train; a Diffusers pipeline takes --prompt"
+            )
         from openvsa.cli.generate_model import run_generate_model
 
         run_generate_model(model=model, steps=steps, **asked, **common)
         return
     extra = [f"--{name}" for name, value in asked.items() if value is not None]
     if extra:
-        raise OpenVSAError(f"{', '.join(extra)}: the bundled model takes none; give a pipeline with --model")
-    from openvsa.cli.generate import run_generate
-
-    run_generate(scene=scene, steps=16 if steps is None else steps, **common)
+        which = "the bundled model" if model is None else "a model of openvsa train"
+        raise OpenVSAError(f"{', '.join(extra)}: {which} takes none; give a pipeline with --model")
+    run_generate(model=model, scene=scene, steps=16 if steps is None else steps, **common)
 
 
 @app.command()
@@ -89,7 +95,9 @@ def audit(
         typer.Argument(help="Diffusers pipeline, or folder of `openvsa train`; by default the bundled model."),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to make a video of, for a Diffusers pipeline.")] = None,
-    scene: Annotated[str | None, typer.Option(help="Scene to continue, for the bundled model.")] = None,
+    scene: Annotated[
+        str | None, typer.Option(help="Scene to continue, for the bundled model and those of `openvsa train`.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to continue.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, for a Diffusers pipeline.")] = None,
     width: Annotated[int | None, typer.Option(help="The same.")] = None,

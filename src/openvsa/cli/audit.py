@@ -59,6 +59,7 @@ def run_audit(
     """
     for package in _PACKAGES:
         require(package, extra="demo")
+    from openvsa.cli.generate import is_clip_model
     from openvsa.cli.generate_pair import available, check_numbers, describe, versions
     from openvsa.evaluate import check_output_folder
     from openvsa.evaluate.audit import Audit
@@ -74,7 +75,7 @@ def run_audit(
         raise OpenVSAError(f"--by must be head or layer, got {by!r}")
     audited = _audited(at, steps)
     where = available(device)
-    if model is None or (Path(model) / "manifest.json").is_file():
+    if model is None or is_clip_model(model):
         subject = _own(model, scene, prompt, image, sizes, seed, where)
     else:
         subject = _diffusers(model, scene, prompt, image, sizes, seed, where)
@@ -153,17 +154,14 @@ def _own(
     device: torch.device,
 ) -> _Subject:
     """The bundled model, or one that `openvsa train` made."""
-    from openvsa import models
-    from openvsa.cli.generate import start
+    from openvsa.cli.generate import load_clip_model, start
 
     given = ["prompt"] if prompt is not None else [name for name, size in sizes.items() if size is not None]
     if given:
         raise OpenVSAError(
             f"{given[0]} is for Diffusers pipelines; this model continues a scene: give --scene or --image"
         )
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    pipe = models.load_bundled(device, dtype) if model is None else models.load_pipeline(Path(model), device, dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_clip_model(model, device)
     title, (option, name), begin = start(pipe, scene, image)
     return _Subject(pipe, partial(pipe, **begin, seed=seed), title, {option: name})
 
@@ -181,7 +179,9 @@ def _diffusers(
     from openvsa.cli.pipelines import arguments, call, clip_of, load, pipeline_class
 
     if scene is not None:
-        raise OpenVSAError("--scene is for the bundled model; a Diffusers pipeline takes --prompt")
+        raise OpenVSAError(
+            "--scene is for the bundled model and those of openvsa train; a Diffusers pipeline takes --prompt"
+        )
     kind = pipeline_class(model)
     asks = inspect.signature(kind.__call__).parameters
     if "callback_on_step_end" not in asks:

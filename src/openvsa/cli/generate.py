@@ -26,7 +26,7 @@ from openvsa.errors import OpenVSAError, require
 if TYPE_CHECKING:
     from openvsa.models import ClipPipeline
 
-__all__ = ["print_scenes", "run_generate", "start"]
+__all__ = ["is_clip_model", "load_clip_model", "print_scenes", "run_generate", "start"]
 
 _CREDIT = (
     'The model was trained on the film "Big Buck Bunny", from which the scenes are taken, (c) copyright 2008, '
@@ -36,6 +36,7 @@ _CREDIT = (
 
 def run_generate(
     *,
+    model: str | None = None,
     scene: str | None,
     image: Path | None,
     density: float | None,
@@ -48,19 +49,20 @@ def run_generate(
 ) -> Path:
     """Makes both clips and the report, and returns the path of its page. Every argument is checked before any work.
 
+    Args:
+        model: a folder that `openvsa train` made; None is the bundled model.
+
     Raises:
         OpenVSAError: an argument is wrong, a package is missing, or the weights are damaged.
     """
     for package in PACKAGES:
         require(package, extra="demo")
     from openvsa.evaluate import AttentionRecorder, Settings, check_output_folder
-    from openvsa.models import load_bundled
 
     check_numbers(seed, steps)
     sparse_as = sparsity(density, config, steps)
     where = available(device)
-    pipe = load_bundled(where, torch.float32 if where.type == "cpu" else torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_clip_model(model, where)
     title, choice, begin = start(pipe, scene, image)
     check_output_folder(out)
     make_clip = partial(pipe, **begin, seed=seed)
@@ -80,9 +82,10 @@ def run_generate(
         fps=pipe.fps,
         device=describe(where),
         threads=torch.get_num_threads(),
-        command=command(choice, options),
+        command=command([*(["--model", model] if model else []), *choice], options),
         versions=versions(),
         credit=_CREDIT,
+        model=model,
     )
 
     recorder = AttentionRecorder(shown_steps(steps))
@@ -98,6 +101,25 @@ def print_scenes(console: Console | None = None) -> None:
     for scene in bundled_scenes():
         table.add_row(scene.name, scene.title, "not seen in training" if scene.held_out else "seen in training")
     (console or Console()).print(table)
+
+
+def is_clip_model(model: str) -> bool:
+    """Whether this is a folder that `openvsa train` made, and no Diffusers pipeline."""
+    return (Path(model) / "manifest.json").is_file()
+
+
+def load_clip_model(model: str | None, device: torch.device) -> ClipPipeline:
+    """The bundled model, or one that `openvsa train` made: in fp32 on a CPU and in bf16 on a GPU.
+
+    Raises:
+        OpenVSAError: its weights are missing or damaged.
+    """
+    from openvsa import models
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    pipe = models.load_bundled(device, dtype) if model is None else models.load_pipeline(Path(model), device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def start(pipe: ClipPipeline, scene: str | None, image: Path | None) -> tuple[str, list[str], dict[str, Any]]:

@@ -75,6 +75,8 @@ def make_pair(
     from openvsa.evaluate import write_report
     from openvsa.integrations.diffusers import observe, sparsify
 
+    with sparsify(pipe, config=sparse_as):
+        pass  # settings that do not fit the model are refused before it works
     steps = settings.steps
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn once a step: a drawing thread would take its share of the processor from what is being timed.

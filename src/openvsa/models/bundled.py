@@ -77,7 +77,9 @@ def _bf16_copy(part: Any) -> Any:
 
 
 def _verified_manifest(folder: Path) -> dict[str, Any]:
-    advice = "Install the package again; from a checkout, `git status` shows what was changed."
+    advice = "Copy it again from where it was trained."
+    if folder == WEIGHTS_FOLDER:
+        advice = "Install the package again; from a checkout, `git status` shows what was changed."
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         expected = manifest["sha256"]
