@@ -24,6 +24,10 @@ def test_a_table_cannot_be_changed() -> None:
         TABLE.layers["blocks.0.attn1"] = (1.0, 1.0)  # pyright: ignore[reportIndexIssue]
 
 
+def changed(**entries: object) -> str:
+    return json.dumps(json.loads(TABLE.to_json()) | entries)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -32,9 +36,17 @@ def test_a_table_cannot_be_changed() -> None:
         ("{}", "no budget table"),
         (TABLE.to_json().replace('"version": 1', '"version": 2'), "version 1, got 'openvsa-budget' and 2"),
         (TABLE.to_json().replace("0.375", "1.5"), r"must be in \(0, 1\], got \[0.125, 1.5\] for 'blocks.0.attn1'"),
-        (json.dumps(json.loads(TABLE.to_json()) | {"layers": {}}), "at least one layer"),
-        (json.dumps(json.loads(TABLE.to_json()) | {"layers": {"a": []}}), "got \\[\\] for 'a'"),
-        (json.dumps(json.loads(TABLE.to_json()) | {"layers": {"a": "b"}}), "no budget table"),
+        (changed(layers={}), "at least one layer"),
+        (changed(layers={"a": []}), "got \\[\\] for 'a'"),
+        (changed(layers={"a": "11"}), "a list of numbers each, one for each head, got {'a': '11'}"),
+        (changed(layers={"a": 0.5}), "a list of numbers each, one for each head, got {'a': 0.5}"),
+        (changed(layers={"a": [True, "0.5"]}), "a list of numbers each"),
+        (changed(layers=[[0.5]]), "a list of numbers each"),
+        (changed(tile="444"), "tile of a budget table must be whole numbers such as .*, got 444"),
+        (changed(tile=[2.5, 4, 4]), "tile of a budget table must be whole numbers"),
+        (changed(density="0.25"), "density of a budget table must be a number, got '0.25'"),
+        (changed(dense_first_steps=2), r"nothing else, got .*, dense_first_steps; .* SparsityConfig\.of_table"),
+        ('{"format": "openvsa-budget", "version": 1, "density": 0.25, "layers": {"a": [0.25]}}', "has format, .*tile"),
     ],
 )
 def test_what_is_no_table_is_refused(text: str, message: str) -> None:

@@ -17,6 +17,7 @@ __all__ = ["BudgetTable"]
 
 _FORMAT = "openvsa-budget"
 _VERSION = 1
+_KEYS = ("format", "version", "density", "tile", "layers")
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,33 @@ class BudgetTable:
         """
         try:
             content: Any = json.loads(text)
-            found, version = content["format"], content["version"]
-            if found != _FORMAT or version != _VERSION:
-                raise BudgetError(
-                    f"a budget table has format {_FORMAT!r} and version {_VERSION}, got {found!r} and {version}; "
-                    "write it again with `openvsa audit --budget`"
-                )
-            tile = content["tile"]
-            return cls(float(content["density"]), content["layers"], None if tile is None else tuple(map(int, tile)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, BudgetError):
-                raise
+        except ValueError as error:
+            raise BudgetError(f"this is no budget table ({error}); `openvsa audit --budget FILE` writes one") from None
+        if not isinstance(content, dict) or "format" not in content:
+            raise BudgetError("this is no budget table: it has no format; `openvsa audit --budget FILE` writes one")
+        found, version = content["format"], content.get("version")
+        if found != _FORMAT or version != _VERSION:
             raise BudgetError(
-                f"this is no budget table ({error!r}); `openvsa audit --budget FILE` writes one"
-            ) from None
+                f"a budget table has format {_FORMAT!r} and version {_VERSION}, got {found!r} and {version!r}; "
+                "write it again with `openvsa audit --budget`"
+            )
+        if set(content) != set(_KEYS):
+            raise BudgetError(
+                f"a budget table has {', '.join(_KEYS)} and nothing else, got {', '.join(content)}; other settings "
+                "join it in SparsityConfig.of_table"
+            )
+        tile, layers = content["tile"], content["layers"]
+        if tile is not None and not _all(tile, int):
+            raise BudgetError(
+                f"the tile of a budget table must be whole numbers such as [4, 4, 4] or null, got {tile}"
+            )
+        if not isinstance(layers, dict) or not all(_all(heads, (int, float)) for heads in layers.values()):
+            raise BudgetError(
+                f"layers of a budget table must have a list of numbers each, one for each head, got {layers}"
+            )
+        if not _all([content["density"]], (int, float)):
+            raise BudgetError(f"the density of a budget table must be a number, got {content['density']!r}")
+        return cls(float(content["density"]), layers, None if tile is None else tuple(tile))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the table as JSON."""
@@ -108,3 +122,8 @@ class BudgetTable:
         except (OSError, UnicodeDecodeError) as error:
             raise BudgetError(f"cannot read the budget table {str(path)!r}: {error}") from None
         return cls.from_json(text)
+
+
+def _all(values: object, kind: type | tuple[type, ...]) -> bool:
+    """Whether this is a list of numbers of a kind, of which a bool is none."""
+    return isinstance(values, list) and all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
