@@ -329,23 +329,34 @@ class Audit:
         """The table, and the change of every prediction with it. `harms` weigh the forwards, see `curves_of`.
 
         What the curves advise holds near the uniform budget only, so the way there is tried at full, half and quarter
-        length on the audited forwards; where none of them is better than uniform, the table is uniform.
+        length on the audited forwards; where none of them is better than uniform, the table is uniform. Where there are
+        two transformers, each spends its own: they serve different numbers of steps, so that what one saves does not
+        pay for the other.
         """
         by_step = {forward.step: gain for forward, gain in zip(forwards, gains, strict=True)}
         num_tiles = layout.num_tiles
         weights = {forward.step: harm for forward, harm in zip(forwards, harms, strict=True)}
-        advised = allocate(curves_of(calls, by_step, weights, self._density, num_tiles), self._density, num_tiles)
+        uniform_share = Budget(keep_ratio=self._density).blocks(num_tiles) / num_tiles
+        spent: list[tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]] = []  # uniform, and as advised
+        for transformer in {id(forward.transformer): forward.transformer for forward in forwards}.values():
+            its = {forward.step for forward in forwards if forward.transformer is transformer}
+            curves = curves_of([call for call in calls if call.step in its], by_step, weights, self._density, num_tiles)
+            uniform = {name: (uniform_share,) * len(heads) for name, heads in curves.items()}
+            spent.append((uniform, allocate(curves, self._density, num_tiles)))
+
+        def table_at(length: float) -> BudgetTable:
+            parts = [between(uniform, advised, length, num_tiles) for uniform, advised in spent]
+            layers = {name: heads for part in parts for name, heads in part.items()}
+            return BudgetTable(self._density, layers, layout.tile)
 
         def harm_of(found: Sequence[float]) -> float:
             shares = [(ours / max(error, 1e-30)) ** 2 for ours, error in zip(found, errors, strict=True)]
             return sum(harm * share for harm, share in zip(harms, shares, strict=True))
 
-        uniform = {name: (Budget(keep_ratio=self._density).blocks(num_tiles) / num_tiles,) * len(heads)
-                   for name, heads in advised.items()}  # fmt: skip
-        best = BudgetTable(self._density, uniform, layout.tile), list(errors)
+        best = table_at(0.0), list(errors)
         done = self._on_progress("the table", len(LENGTHS))
         for length in LENGTHS:
-            table = BudgetTable(self._density, between(uniform, advised, length, num_tiles), layout.tile)
+            table = table_at(length)
             with self._sparse(table):
                 found = [_relative(f(), p) for f, p in zip(forwards, predictions, strict=True)]
             if harm_of(found) < harm_of(best[1]):

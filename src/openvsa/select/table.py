@@ -95,9 +95,7 @@ class BudgetTable:
             )
         tile, layers = content["tile"], content["layers"]
         if tile is not None and not _all(tile, int):
-            raise BudgetError(
-                f"the tile of a budget table must be whole numbers such as [4, 4, 4] or null, got {tile}"
-            )
+            raise BudgetError(f"the tile of a budget table must be whole numbers such as [4, 4, 4] or null, got {tile}")
         if not isinstance(layers, dict) or not all(_all(heads, (int, float)) for heads in layers.values()):
             raise BudgetError(
                 f"layers of a budget table must have a list of numbers each, one for each head, got {layers}"
