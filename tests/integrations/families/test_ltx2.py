@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import family_checks as checks
 import openvsa
@@ -154,6 +155,17 @@ def test_tokens_of_a_memory_before_the_video_stay_dense(
 def test_a_video_at_neither_end_is_refused(model: LTX2VideoTransformer3DModel) -> None:
     with openvsa.sparsify(model, density=0.5), pytest.raises(openvsa.UnsupportedError, match="48 tokens beside the 72"):
         run(model, GRID, **inputs(120, (0, 1)), video_coords=torch.rand(2, 3, 120, 2))
+
+
+def test_coordinates_without_values_are_not_read(model: LTX2VideoTransformer3DModel) -> None:
+    given = inputs(72 + 48, (0, 1)) | {"video_coords": torch.rand(2, 3, 120, 2), "audio_timestep": torch.ones(2)}
+    given |= {"timestep": torch.ones(2, 120), "num_frames": 3, "height": 4, "width": 6}
+    with torch.no_grad(), openvsa.sparsify(model, density=0.5):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            faked = {name: fakes.from_tensor(x) if isinstance(x, Tensor) else x for name, x in given.items()}
+            assert model(**faked, return_dict=False)[0].shape == (2, 120, 8)
+        empty = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in given.items()}
+        assert model.to("meta")(**empty, return_dict=False)[0].shape == (2, 120, 8)
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([0.0, 1.0])], ids=["all", "one-sample"])

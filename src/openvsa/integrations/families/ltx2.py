@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from openvsa.errors import UnsupportedError
 from openvsa.integrations.families.base import Family, Hoist, Sequence
+from openvsa.layout.keep import fakes_are_on
 
 __all__ = ["LTX2"]
 
@@ -52,9 +53,10 @@ class LTX2(Family):
                 {},
             )
         others, coords = tokens - math.prod(grid), kwargs.get("video_coords")
-        # Inside torch.compile nothing is read from coordinates: tokens are taken for appended, as in LTX-2's pipelines.
-        before = 0
-        if others and coords is not None and not torch.compiler.is_compiling():
+        # Nothing is read from coordinates inside torch.compile, or from those without values: tokens are taken for
+        # appended, as in LTX-2's pipelines.
+        before, unread = 0, torch.compiler.is_compiling() or fakes_are_on()
+        if others and coords is not None and not (unread or coords.is_meta):
             before = _tokens_before(coords, transformer.rope.prepare_video_coords(1, *sides.values(), "cpu"))
         return Sequence(grid, prefix=before, suffix=others - before)
 
