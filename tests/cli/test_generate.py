@@ -240,6 +240,7 @@ def test_a_busy_processor_is_said(
     said: bool,
 ) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     outcome = openvsa_command("generate", "--steps", "2", "--density", "0.5", "--out", tmp_path / "out")
     assert outcome.status == 0
     assert ("Other programs kept the processor busy (load 100.0" in outcome.out) == said
