@@ -18,9 +18,9 @@ from openvsa.config import machine_fact, triton_interpret
     [
         ({}, "exactly one of top_k, keep_ratio and top_p, got none"),
         ({"top_k": 2, "keep_ratio": 0.5}, "exactly one of top_k, keep_ratio and top_p, got .*top_k.*keep_ratio"),
-        ({"keep_ratio": 0}, r"keep_ratio must be in \(0, 1\], got 0"),
-        ({"keep_ratio": 2}, r"keep_ratio must be in \(0, 1\], got 2"),
-        ({"keep_ratio": float("nan")}, r"keep_ratio must be in \(0, 1\], got nan"),
+        ({"keep_ratio": 0}, r"keep_ratio, the density, must be in \(0, 1\], got 0"),
+        ({"keep_ratio": 2}, r"keep_ratio, the density, must be in \(0, 1\], got 2"),
+        ({"keep_ratio": float("nan")}, r"keep_ratio, the density, must be in \(0, 1\], got nan"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1\.1"),
         ({"top_k": 0}, "top_k must be a whole number of blocks >= 1, got 0"),

@@ -6,7 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from openvsa.errors import BudgetError
@@ -48,15 +48,15 @@ class Budget:
                 f"a budget needs exactly one of top_k, keep_ratio and top_p, got {given or 'none of them'}; "
                 "for example Budget(keep_ratio=0.125)"
             )
-        for name in ("keep_ratio", "top_p"):
+        for name, said in (("keep_ratio", "keep_ratio, the density,"), ("top_p", "top_p")):
             share = getattr(self, name)
             if share is None:
                 continue
             # A pair, for torch.compile of torch 2.9 cannot check against a union.
             if not isinstance(share, (int, float)) or isinstance(share, bool):
-                raise BudgetError(f"{name} must be a number in (0, 1], an int or a float, got {share!r}")
+                raise BudgetError(f"{said} must be a number in (0, 1], an int or a float, got {share!r}")
             if not 0 < share <= 1:
-                raise BudgetError(f"{name} must be in (0, 1], got {share}; 1 keeps everything")
+                raise BudgetError(f"{said} must be in (0, 1], got {share}; 1 keeps everything")
             if type(share) not in (int, float):  # NumPy's double is a float, which files of settings cannot hold
                 object.__setattr__(self, name, float(share))
         for name, least in (("top_k", 1), ("min_blocks", 1), ("max_blocks", 1), ("keep_first", 0)):
@@ -101,20 +101,6 @@ class Budget:
                 f"the budget is {kept} of {num_blocks} blocks; raise the budget or min_blocks"
             )
         return kept
-
-
-def budget_of(density: float | None, others: Budget | None = None) -> Budget:
-    """The budget of a density, with what else `others` says.
-
-    Raises:
-        BudgetError: it is out of its range; the message speaks of the density, which is what was given.
-    """
-    try:
-        if others is None:
-            return Budget(keep_ratio=density)
-        return replace(others, top_k=None, top_p=None, keep_ratio=density)
-    except BudgetError as error:
-        raise BudgetError(str(error).replace("keep_ratio must", "density must")) from None
 
 
 def triton_interpret() -> bool:

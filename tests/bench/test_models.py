@@ -140,9 +140,28 @@ def test_compiled_and_profiled() -> None:
     assert found["passed"], found["failed"]
     dense = f"dense-{found['attention']['dense']}"  # whichever was faster
     assert [row["variant"] for row in found["rows"] if row["mode"] == "compiled"] == [dense, "density 0.25"]
+    assert found["gate"][f"compiled {dense}"] < found["gate"]["density 0.25"]
     profiled = {(entry["mode"], entry["variant"]): entry for entry in found["profile"]}
     assert set(profiled) == {(m, v) for m in ("eager", "compiled") for v in (dense, "density 0.25")}
     assert profiled["eager", "density 0.25"]["groups"]["linear"] > 0
+
+
+@pytest.mark.parametrize("wrong", ["dense-", "density 0.25"])
+def test_compiled_steps_that_differ_are_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_and_peak = model_run._run_and_peak
+    names: list[str] = []
+
+    def run(subject: Any) -> tuple[Tensor, int | None]:
+        out, peak = run_and_peak(subject)
+        names.append(list(subject.ways())[len(names) % 2])  # two eager ones, then two compiled ones
+        return (out * 1.5 if len(names) > 2 and names[-1].startswith(wrong) else out), peak
+
+    monkeypatch.setattr(model_run, "_run_and_peak", run)
+    options = replace(QUICK, densities=(0.25,), modes=("eager", "compiled"))
+    found = measure_model(TINY["wan"], CPU, options, lambda text: None)
+    assert not found["passed"]
+    assert found["failed"][0].startswith(f"compiled, {wrong}")
+    assert {row["mode"] for row in found["rows"]} == {"attention", "kernel", "eager"}
 
 
 def test_full_plans_that_differ_from_dense_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

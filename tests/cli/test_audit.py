@@ -19,7 +19,7 @@ from openvsa.models.shots import ShotTokens
 from openvsa.select import BudgetTable
 
 WRONG = {
-    "density": (["--density", "0"], r"density must be in \(0, 1\], got 0"),
+    "density": (["--density", "0"], r"the density, must be in \(0, 1\], got 0"),
     "seed": (["--seed", "-1"], "--seed must be at least 0"),
     "at-word": (["--at", "first"], "--at takes steps with commas between, such as 1,4,6; got 'first'"),
     "at-late": (["--at", "0,2", "--steps", "2"], r"--at must name steps in 0\.\.1, got 0,2"),

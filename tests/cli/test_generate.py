@@ -24,8 +24,8 @@ from openvsa.select import BudgetTable
 
 FILES = ["dense.mp4", "report.html", "report.json", "side_by_side.mp4", "sparse.mp4"]
 WRONG = {
-    "density-0": (["--density", "0"], r"density must be in \(0, 1\], got 0"),
-    "density-2": (["--density", "2"], r"density must be in \(0, 1\], got 2"),
+    "density-0": (["--density", "0"], r"the density, must be in \(0, 1\], got 0"),
+    "density-2": (["--density", "2"], r"the density, must be in \(0, 1\], got 2"),
     "seed": (["--seed", "-1"], "--seed must be at least 0"),
     "device": (["--device", "toaster"], "--device must be cpu, cuda or cuda:N, got 'toaster'"),
     "other-device": (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),

@@ -190,7 +190,7 @@ def test_the_first_video_or_image_of_an_output_is_the_clip() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--density", 0], r"density must be in \(0, 1\], got 0"),
+        (["--density", 0], r"the density, must be in \(0, 1\], got 0"),
         (["--height", 0], "--height must be at least 1, got 0"),
         (["--fps", 0], "--fps must be above 0 and finite, got 0"),
         (["--fps", "nan"], "--fps must be above 0 and finite, got nan"),

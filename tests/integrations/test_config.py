@@ -210,7 +210,7 @@ def test_the_handle_changes_settings_while_it_is_on() -> None:
         assert handle.report().layers[0].tile == (3, 3, 3)
         handle.density = 0.5
         assert handle.config == SparsityConfig(budget=Budget(keep_ratio=0.5), tile=(3, 3, 3))
-        with pytest.raises(openvsa.BudgetError, match=r"^density must be in \(0, 1\], got 0;"):
+        with pytest.raises(openvsa.BudgetError, match=r"^keep_ratio, the density, must be in \(0, 1\], got 0;"):
             handle.density = 0
         assert handle.density == 0.5
 

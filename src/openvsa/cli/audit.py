@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from openvsa.config import budget_of
+from openvsa.config import Budget
 from openvsa.errors import OpenVSAError, require
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run_audit(
     from openvsa.evaluate.audit_page import page_of, write_audit
     from openvsa.evaluate.files import atomic_path
 
-    budget_of(density)
+    Budget(keep_ratio=density)
     check_numbers(seed, steps)
     if query_blocks < 1:
         raise OpenVSAError(f"--query-blocks must be at least 1, got {query_blocks}")

@@ -12,7 +12,7 @@ from openvsa.bench.model_cases import MODELS, find_models
 from openvsa.bench.model_run import ModelOptions, run_models
 from openvsa.bench.record import commit as this_commit
 from openvsa.cli.bench import find_device, make_console, print_end
-from openvsa.config import budget_of
+from openvsa.config import Budget
 from openvsa.errors import OpenVSAError, require
 
 __all__ = ["list_models", "parse_options", "run_bench_models"]
@@ -34,7 +34,7 @@ def parse_options(
         except ValueError:
             raise OpenVSAError(f"--density must be numbers with commas between, got {','.join(densities)!r}") from None
         for density in given["densities"]:
-            budget_of(density)
+            Budget(keep_ratio=density)
     if modes is not None:
         given["modes"] = tuple(modes)
     if q_tiles is not None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import openvsa.select as selectors
-from openvsa.config import Budget, budget_of
+from openvsa.config import Budget
 from openvsa.errors import BudgetError, OpenVSAError, require
 from openvsa.integrations.presets import PRESETS
 from openvsa.ops.registry import backends
@@ -91,7 +91,7 @@ class SparsityConfig:
         object.__setattr__(self, "tile", None if self.tile is None else tuple(self.tile))
         object.__setattr__(self, "q_tiles", tuple(self.q_tiles))
         # Budgets check their numbers, and are made once: compiled code then sees the same objects in every forward.
-        base = budget_of(self.density) if self.budget is None else self.budget
+        base = Budget(keep_ratio=self.density) if self.budget is None else self.budget
         object.__setattr__(self, "_base", base)
         by_step = {step: self._of(share) for step, share in self.steps.items()}
         object.__setattr__(self, "_by_step", by_step)
@@ -162,10 +162,10 @@ class SparsityConfig:
         if isinstance(share, tuple):
             if set(share) == {1.0}:
                 return None
-            return tuple(budget_of(one, base) for one in share)
+            return tuple(dataclasses.replace(base, top_k=None, top_p=None, keep_ratio=one) for one in share)
         if share == 1.0:
             return None
-        return budget_of(share, base)
+        return dataclasses.replace(base, top_k=None, top_p=None, keep_ratio=share)
 
     @property
     def base(self) -> Budget:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from openvsa.config import Budget, budget_of
+from openvsa.config import Budget
 from openvsa.errors import BudgetError, OpenVSAError, ShapeError, UnsupportedError
 from openvsa.integrations.branch import LearnedBranch, check_settings, warn_without_branch
 from openvsa.integrations.config import SparsityConfig
@@ -175,7 +175,7 @@ class SparseHandle:
 
     @density.setter
     def density(self, value: float) -> None:
-        self.budget = budget_of(value)
+        self.budget = Budget(keep_ratio=value)
 
     @property
     def budget(self) -> Budget | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from openvsa.config import Budget, budget_of
+from openvsa.config import Budget
 from openvsa.errors import BudgetError, ShapeError
 from openvsa.layout import TileLayout
 from openvsa.layout.device import as_device
@@ -95,7 +95,7 @@ class VideoSparseAttention(nn.Module):
 
     @density.setter
     def density(self, value: float) -> None:
-        self.budget = budget_of(value)
+        self.budget = Budget(keep_ratio=value)
 
     def layout(
         self, grid: tuple[int, ...], prefix: int = 0, suffix: int = 0, device: torch.device | str = "cpu"
