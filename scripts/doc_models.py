@@ -3,8 +3,8 @@
 python scripts/doc_models.py            # write it
 python scripts/doc_models.py --check    # fail if a page on disk differs
 
-Of each machine, model and mode the newest file `benchmarks/results/models-*.json` counts. Runs with query blocks of
-several tiles (`--q-tiles`) are not in these tables.
+Of each machine, model and mode the newest file `benchmarks/results/models-*.json` counts. Runs with settings of their
+own (`--config`) are in the table of the presets alone.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class MeasuredModel:
         return {row["density"]: row for row in self.case["rows"] if row["mode"] == mode and row["density"] is not None}
 
 
-def newest_models() -> list[MeasuredModel]:
-    """By machine and in the order of the models."""
+def newest_models(config: str | None = None) -> list[MeasuredModel]:
+    """By machine and in the order of the models: those measured with these settings, by default with none."""
     found: dict[tuple[str, str], MeasuredModel] = {}
     files = [(path, load(path, MODEL_SCHEMA)) for path in RESULTS.glob("models-*.json")]
     for path, record in sorted(files, key=lambda pair: pair[1]["date"]):
-        for case in record["cases"]:
-            if case["passed"] and case["name"] in MODELS and "q_tiles" not in case:
+        for case in record["cases"] if record["settings"].get("config") == config else ():
+            if case["passed"] and case["name"] in MODELS:
                 key = record["machine"]["device"], case["name"]
                 known = found.get(key)
                 found[key] = known.and_newer(path, record, case) if known else MeasuredModel(path, record, case)
@@ -298,6 +298,16 @@ def speed_of(preset: Preset, one: MeasuredModel, mode: str) -> str:
     return f"a sparse step {step['faster']:.2f}× ({where}, {one.part})" if step and one.part else ""
 
 
+def speeds_with(config: str) -> list[str]:
+    """Of sparse steps with a preset that makes all steps and layers sparse, measured with that preset."""
+    return [
+        f"{step['faster']:.2f}× (`{one.case['name']}`, {mode}, {one.machine})"
+        for one in newest_models(config)
+        for mode in MODES
+        for step in one.sparse(mode).values()
+    ]
+
+
 def on_the_bundled_model(preset: Preset) -> str:
     """What the settings of a preset cost the bundled model, and gain there: means over the clips that were made by this
     preset, or by one with the same settings."""
@@ -325,7 +335,7 @@ def presets() -> str:
             speeds = [speed for one in mine for mode in MODES if (speed := speed_of(preset, one, mode))]
             bundled = on_the_bundled_model(preset)
         else:
-            what, speeds, bundled = [f"{1 - preset.sparsity:g}", "none", "none"], [], ""
+            what, speeds, bundled = [f"{1 - preset.sparsity:g}", "none", "none"], speeds_with(name), ""
         lines.append([f"`{name}`", *what, "<br>".join(speeds) or "not measured", bundled or "not measured"])
     figures = AuditFigures.from_json(AUDIT.read_text())
     told = f"{figures.sparse.quality} ([what you lose](what-you-lose.md))"

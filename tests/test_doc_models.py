@@ -19,7 +19,9 @@ def row(mode: str, density: float | None, ms: float, dense: float, **more: Any) 
     return {"mode": mode, "variant": name, "density": density, "ms": ms, "faster": dense / ms, **more}
 
 
-def record(date: str, name: str, sparse_ms: float, head_dim: int = 128, whole: str = "") -> dict[str, Any]:
+def record(
+    date: str, name: str, sparse_ms: float, head_dim: int = 128, whole: str = "", config: str | None = None
+) -> dict[str, Any]:
     rows = [
         row("attention", None, 10.0, 10.0), row("attention", 0.25, 4.0, 10.0), row("kernel", 0.25, 3.5, 10.0),
         row("host", None, 20.0, 20.0), row("host", 0.25, 30.0, 20.0),
@@ -33,7 +35,8 @@ def record(date: str, name: str, sparse_ms: float, head_dim: int = 128, whole: s
     }  # fmt: skip
     versions = {"torch": "2", "triton": "3", "cudnn": "9", "diffusers": "0.42"}
     return {"schema": MODEL_SCHEMA, "date": date, "command": "openvsa bench --model x", "commit": "abc",
-            "versions": versions, "machine": {"device": "GPU"}, "cases": [case]}  # fmt: skip
+            "versions": versions, "machine": {"device": "GPU"}, "settings": {"config": config},
+            "cases": [case]}  # fmt: skip
 
 
 @pytest.fixture
@@ -44,6 +47,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "models-old.json": record("2026-01-01", "wan-1.3b-480p", 400.0),
         "models-new.json": record("2026-02-01", "wan-1.3b-480p", 250.0),
         "models-part.json": record("2026-01-15", "wan-14b-720p", 200.0, whole="40"),
+        "models-vsa.json": record("2026-03-01", "wan-1.3b-480p", 200.0, config="vsa-1.3b"),
     }.items():
         (tmp_path / file).write_text(json.dumps(made))
 
@@ -77,6 +81,16 @@ def test_a_generation_counts_its_dense_steps_and_layers() -> None:
     assert doc_models.generation(Preset(density=0.5), whole, "eager") is None
     assert doc_models.generation(Preset(), part, "eager") is None
     assert "1.64× (`wan-1.3b-480p`, eager, GPU)" in doc_models.presets()
+
+
+@pytest.mark.usefixtures("results")
+def test_runs_with_settings_of_their_own_are_of_their_preset() -> None:
+    assert [one.file.name for one in doc_models.newest_models("vsa-1.3b")] == ["models-vsa.json"]
+    table = doc_models.presets().splitlines()
+    [ours] = [line for line in table if line.startswith("| `vsa-1.3b`")]
+    assert "2.50× (`wan-1.3b-480p`, eager, GPU)" in ours
+    [other] = [line for line in table if line.startswith("| `vsa-14b`")]
+    assert "not measured" in other
 
 
 @pytest.mark.usefixtures("results")

@@ -17,14 +17,16 @@ from openvsa.bench import model_dense, model_run
 from openvsa.bench.model_cases import MODELS, ModelCase, find_models
 from openvsa.bench.model_dense import DenseBy, dense_kernels
 from openvsa.bench.model_profile import group_of
-from openvsa.bench.model_run import ModelOptions, measure_model, run_models
+from openvsa.bench.model_run import ModelOptions, by_density, measure_model, one_step, run_models
 from openvsa.bench.peers import missing
 from openvsa.bench.record import MODEL_SCHEMA, load
+from openvsa.config import Budget
 from openvsa.errors import OpenVSAError
 from openvsa.integrations.config import SparsityConfig
 
 CPU = torch.device("cpu")
-QUICK = ModelOptions(densities=(0.5, 0.25), case_seconds=0.1)
+QUICK = ModelOptions(by_density([0.5, 0.25]), case_seconds=0.1)
+ONE = replace(QUICK, sparse=by_density([0.25]))
 
 
 def tiny(name: str, grid: tuple[int, ...], **config: Any) -> ModelCase:
@@ -115,27 +117,74 @@ def test_a_family_is_measured(name: str) -> None:
     assert {row["variant"] for row in found["rows"] if row["mode"] == "kernel"} == {"density 0.5", "density 0.25"}
 
 
+def with_config(name: str, config: SparsityConfig) -> ModelOptions:
+    return replace(QUICK, sparse={name: config}, config=name)
+
+
 @pytest.mark.parametrize("name", ["wan", "mochi"])  # text in the sequence or not
 def test_query_blocks_of_several_tiles(name: str) -> None:
-    found, alone = (
-        measure_model(TINY[name], CPU, replace(QUICK, densities=(0.25,), q_tiles=tiles), lambda text: None)
-        for tiles in ((1, 2, 1), ())
-    )
+    config = SparsityConfig(density=0.25, q_tiles=(1, 2, 2), min_tokens=0)
+    found = measure_model(TINY[name], CPU, with_config("two", config), lambda text: None)
+    alone = measure_model(TINY[name], CPU, ONE, lambda text: None)
     assert found["passed"], found["failed"]
-    assert found["q_tiles"] == [1, 2, 1]
-    assert "q_tiles" not in alone
-    assert found["gate"]["density 0.25"] != alone["gate"]["density 0.25"]
-    assert {row["variant"] for row in found["rows"] if row["mode"] == "kernel"} == {"density 0.25"}
+    assert max(found["attention"]["q_tiles"]) == 2
+    assert max(alone["attention"]["q_tiles"]) == 1
+    assert found["gate"]["two"] != alone["gate"]["density 0.25"]
+    assert [row["density"] for row in found["rows"] if row["variant"] == "two"] == [0.25] * 3
 
 
-def test_q_tiles_for_another_lattice_are_refused_at_once() -> None:
-    options = replace(QUICK, q_tiles=(1, 2))
-    with pytest.raises(OpenVSAError, match=r"an entry for each axis of tiny-wan \(3x10x12\), got 1x2"):
-        run_models([TINY["wan"]], CPU, options, out=None, command="", commit=None)
+def test_settings_that_are_no_share_and_leave_a_layer_dense(tmp_path: Path) -> None:
+    config = SparsityConfig(budget=Budget(top_k=2), tile=(3, 5, 4), dense_layers=(0,), min_tokens=0)
+    options = with_config("two-tiles", config)
+    record, path = run_models([TINY["wan"]], CPU, options, out=tmp_path, command="x", commit="abc")
+    [found] = record["cases"]
+    assert found["passed"], found["failed"]
+    assert found["attention"]["tile"] == (3, 5, 4)
+    # Of six tiles, in the attention of the first layer by itself too.
+    assert {row["density"] for row in found["rows"] if row["variant"] == "two-tiles"} == {1 / 3}
+    assert path is not None
+    settings = load(path, MODEL_SCHEMA)["settings"]
+    assert settings["config"] == "two-tiles"
+    assert SparsityConfig.from_dict(settings["sparse"]["two-tiles"]) == config
+
+    assert found["gate"]["two-tiles"] > found["gate"]["density 1"]
+    both = measure_model(TINY["wan"], CPU, with_config("a", replace(config, dense_layers=())), lambda text: None)
+    assert both["gate"]["a"] != found["gate"]["two-tiles"]
+
+
+def test_settings_of_weights_that_were_trained_with_it() -> None:
+    case = replace(TINY["wan"], grid=(4, 8, 8))
+    options = with_config("vsa-14b", one_step(SparsityConfig.preset("vsa-14b", min_tokens=0)))
+    found = measure_model(case, CPU, replace(options, modes=("eager", "compiled")), lambda text: None)
+    assert found["passed"], found["failed"]
+    assert found["attention"]["tile"] == (4, 4, 4)
+    channels = 2 * 24  # heads of so many
+    assert found["parameters"] == sum(p.numel() for p in case.build(CPU).parameters()) + 2 * (channels + 1) * channels
+    assert found["gate"]["density 1"] < found["gate"]["vsa-14b"]
+    modes = [row["mode"] for row in found["rows"] if row["variant"] == "vsa-14b"]
+    assert modes == ["attention", "kernel", "eager", "compiled"]
+
+
+def test_one_step_is_sparse_and_chooses_anew() -> None:
+    config = SparsityConfig(density=0.5, steps={0: 1.0}, dense_first_steps=3, reuse_steps=2, dense_layers=(0,))
+    assert one_step(config) == SparsityConfig(density=0.5, dense_layers=(0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("wan", SparsityConfig(density=0.5, q_tiles=(1, 2)), r"q_tiles .* each axis of tiny-wan \(3x10x12\), got 1x2"),
+        ("flux", SparsityConfig(density=0.5, tile=(4, 4, 4)), r"tile .* each axis of flux-2048 \(8x20\), got 4x4x4"),
+        ("ltx", SparsityConfig.preset("vsa-1.3b"), r"vsa .* WanTransformer3DModel .* LTXVideoTransformer3DModel"),
+    ],
+)
+def test_settings_that_a_model_cannot_have_are_refused_at_once(name: str, config: SparsityConfig, said: str) -> None:
+    with pytest.raises(OpenVSAError, match=said):
+        run_models([TINY[name]], CPU, with_config("vsa", config), out=None, command="", commit=None)
 
 
 def test_compiled_and_profiled() -> None:
-    options = replace(QUICK, densities=(0.25,), modes=("eager", "compiled"), profile=True)
+    options = replace(ONE, modes=("eager", "compiled"), profile=True)
     found = measure_model(TINY["wan"], CPU, options, lambda text: None)
     assert found["passed"], found["failed"]
     dense = f"dense-{found['attention']['dense']}"  # whichever was faster
@@ -157,7 +206,7 @@ def test_compiled_steps_that_differ_are_not_timed(wrong: str, monkeypatch: pytes
         return (out * 1.5 if len(names) > 2 and names[-1].startswith(wrong) else out), peak
 
     monkeypatch.setattr(model_run, "_run_and_peak", run)
-    options = replace(QUICK, densities=(0.25,), modes=("eager", "compiled"))
+    options = replace(ONE, modes=("eager", "compiled"))
     found = measure_model(TINY["wan"], CPU, options, lambda text: None)
     assert not found["passed"]
     assert found["failed"][0].startswith(f"compiled, {wrong}")
@@ -264,7 +313,7 @@ def test_only_self_attention_is_answered_and_masks_are_dropped() -> None:
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("kernel_cutlass_kernel_flash_attncuteflash_fwd", "attention"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "linear"),
-        ("_gather_kernel", "permute"),
+        ("_gather_kernel", "pooling and permutation"),
         ("_top_kernel", "selection"),
         ("triton_red_fused__to_copy_add_mul_native_layer_norm_0", "norm, rope, activation"),
         ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copy and cast"),

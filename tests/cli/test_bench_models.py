@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from openvsa.bench import model_run
 from openvsa.cli import bench_models
+from openvsa.integrations.config import SparsityConfig
 
 
 def test_measure(openvsa_command: Callable, tmp_path: Path) -> None:
@@ -60,11 +62,42 @@ def test_values_come_with_commas_or_one_by_one(openvsa_command: Callable, monkey
         models = ("--model", "a", "--model", "b,c", "--mode", "eager", "--mode", "compiled")
         assert openvsa_command("bench", *models, *words).status == 0
         assert asked[-1]["models"] == ["a", "b", "c"]
-        assert asked[-1]["options"] == model_run.ModelOptions(densities=(0.5, 0.25), modes=("eager", "compiled"))
-    assert openvsa_command("bench", "--model", "a", "--q-tiles", "1,2,1").status == 0
-    assert asked[-1]["options"] == model_run.ModelOptions(q_tiles=(1, 2, 1))
+        assert asked[-1]["options"] == model_run.ModelOptions(
+            model_run.by_density((0.5, 0.25)), modes=("eager", "compiled")
+        )
     assert openvsa_command("bench", "--model", "a").status == 0
     assert asked[-1]["options"] == model_run.ModelOptions()
+
+
+def test_settings_come_from_a_preset_or_a_file(
+    openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+    monkeypatch.setattr(bench_models, "run_bench_models", lambda **options: asked.append(options["options"]) or 0)
+    assert openvsa_command("bench", "--model", "a", "--config", "vsa-14b").status == 0
+    assert asked[-1].config == "vsa-14b"
+    assert asked[-1].sparse == {"vsa-14b": SparsityConfig.preset("vsa-14b", min_tokens=0)}
+
+    assert openvsa_command("bench", "--model", "a", "--config", "wan").status == 0
+    assert asked[-1].sparse == {"wan": SparsityConfig(density=0.25, dense_layers=(0,), min_tokens=0)}
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("density: 0.5\nq_tiles: [1, 2, 1]\ndense_last_steps: 2\nmin_tokens: 7\n")
+    mine = SparsityConfig(density=0.5, q_tiles=(1, 2, 1), min_tokens=7)
+    assert openvsa_command("bench", "--model", "a", "--config", file).status == 0
+    assert asked[-1].sparse == {"mine": mine}
+    assert openvsa_command("bench", "--model", "a", "--config", file, "--density", "0.25,0.1").status == 0
+    assert asked[-1].sparse == {f"mine, density {share}": replace(mine, density=share) for share in (0.25, 0.1)}
+    assert asked[-1].config == "mine"
+
+
+def test_settings_are_measured(openvsa_command: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    SparsityConfig(density=0.5, q_tiles=(1, 2, 1)).save(file)
+    outcome = openvsa_command("bench", "--device", "cpu", "--model", "tiny-wan", "--config", file)
+    assert outcome.status == 0, outcome
+    assert "query blocks of 1x2x1 tiles" in outcome.out
+    assert "mine" in outcome.out
 
 
 def test_models_are_listed(openvsa_command: Callable) -> None:
@@ -82,14 +115,21 @@ def test_models_are_listed(openvsa_command: Callable) -> None:
         (["--model", "tiny-wan", "--density", "2"], "must be in (0, 1], got 2"),
         (["--model", "tiny-wan", "--case", "small"], "--model takes models by name"),
         (["--model", "tiny-wan", "--mode", "fast"], "modes are eager and compiled, got fast"),
-        (["--model", "tiny-wan", "--q-tiles", "1,0,1"], "--q-tiles must be whole numbers from 1 on"),
-        (["--model", "tiny-wan", "--q-tiles", "1,2"], "an entry for each axis of tiny-wan"),
-        (["--q-tiles", "1,2,1"], "--q-tiles: for whole models only"),
+        (["--model", "tiny-wan", "--config", "none.yaml"], "--config none.yaml is no file, and no preset"),
+        (["--model", "tiny-wan", "--config", "two-axes.yaml"], "an entry for each axis of tiny-wan"),
+        (["--model", "tiny-wan", "--config", "table.yaml", "--density", "0.5"], "have densities by layer; leave out"),
+        (["--model", "tiny-wan", "--config", "vsa-14b", "--density", "0.5"], "decides how many tiles are kept"),
+        (["--config", "wan"], "--config: for whole models only"),
         (["--profile"], "--profile: for whole models only"),
         (["--density", "0.5", "--mode", "eager"], "--density, --mode: for whole models only"),
     ],
 )
-def test_mistakes_are_named(openvsa_command: Callable, arguments: list[str], said: str) -> None:
+def test_mistakes_are_named(
+    openvsa_command: Callable, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("two-axes.yaml").write_text("density: 0.5\ntile: [2, 2]\n")
+    Path("table.yaml").write_text("density: 0.5\nlayers: {blocks.0.attn1: 0.25}\n")
     outcome = openvsa_command("bench", "--device", "cpu", *arguments)
     assert outcome.status == 2
     assert said in outcome.err

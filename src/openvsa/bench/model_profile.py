@@ -12,9 +12,10 @@ import torch
 __all__ = ["GROUPS", "group_of", "kernel_times"]
 
 # The first whose pattern is found in a kernel's name. Selection is told apart where its kernels are this package's
-# own; the few elementwise kernels of a selection count as elementwise.
+# own; the few elementwise kernels of a selection count as elementwise. One kernel makes the means of tiles, in every
+# sparse layer, and moves tokens, where they enter and leave the layers.
 GROUPS = {
-    "permute": r"^_gather_kernel|^_scatter_kernel",
+    "pooling and permutation": r"^_gather_kernel|^_scatter_kernel",
     "selection": r"^_scores_kernel|^_top_kernel|^_mark_kernel|^_starts_kernel|^_readers_kernel|radixSort|topk|bitonic",
     "attention": r"^forward$|^forward_wide$|^_forward_kernel|flash|fmha|cudnn.*sdpa|sdpa|attention|mha",
     "linear": r"gemm|nvjet|cutlass|cublas|splitK|\bmm\b|addmm|conv",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,17 @@ from openvsa.bench.model_dense import DenseBy, dense_kernels
 from openvsa.bench.model_profile import kernel_times
 from openvsa.bench.record import MODEL_SCHEMA, new_record, result_path, write
 from openvsa.bench.timing import Timing, gpu_clocks, measure, summary, time_interleaved
-from openvsa.config import Budget
 from openvsa.errors import OpenVSAError
+from openvsa.integrations.branch import LearnedBranch, add_branch
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.diffusers import observe, sparsify
 from openvsa.integrations.families import family_of
 from openvsa.integrations.report import AttentionEvent
 from openvsa.layout import TileLayout
 from openvsa.ops import block_sparse_attention
-from openvsa.select import PooledTopK
+from openvsa.select import ReleasedVSA
 
-__all__ = ["DENSITIES", "MODES", "ModelOptions", "measure_model", "run_models"]
+__all__ = ["DENSITIES", "MODES", "ModelOptions", "by_density", "measure_model", "one_step", "run_models"]
 
 DENSITIES = (0.25, 0.125, 0.1)
 MODES = ("eager", "compiled")
@@ -40,26 +40,66 @@ _HELD = 2**28  # bytes; workspaces that stay are less
 Say = Callable[[str], None]
 
 
+def by_density(densities: Iterable[float]) -> dict[str, SparsityConfig]:
+    """Settings that are as by default but for the density, by the names of their rows."""
+    return {f"density {density:g}": SparsityConfig(density=density, min_tokens=0) for density in densities}
+
+
+def one_step(config: SparsityConfig) -> SparsityConfig:
+    """What of the settings holds in a single step that is sparse and chooses its tiles anew."""
+    return replace(config, steps={}, dense_first_steps=0, dense_last_steps=0, reuse_steps=1)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """What of a model is measured.
 
-    densities: of the sparse steps, besides dense.
+    sparse: settings of the sparse steps, besides dense, by the names of their rows. They differ in their budget alone.
+    config: the preset or file that the settings are from, for the record; None for those of `by_density` alone.
     modes: "eager", "compiled" (the repeated blocks) or both.
-    profile: also which kernels the time of the dense and the sparsest step goes to.
-    q_tiles: tiles of a query block of the sparse steps along each axis of the lattice, as in TileLayout.
+    profile: also which kernels the time of the dense and the last sparse step goes to.
     case_seconds: how long the timed rounds of one mode may take (there are at least three).
     """
 
-    densities: tuple[float, ...] = DENSITIES
+    sparse: Mapping[str, SparsityConfig] = field(default_factory=lambda: by_density(DENSITIES))
+    config: str | None = None
     modes: tuple[str, ...] = ("eager",)
     profile: bool = False
-    q_tiles: tuple[int, ...] = ()
     case_seconds: float = 4.0
 
     def __post_init__(self) -> None:
         if not self.modes or not set(self.modes) <= set(MODES):
             raise OpenVSAError(f"modes are {' and '.join(MODES)}, got {', '.join(self.modes) or 'none'}")
+
+    @property
+    def released(self) -> bool:
+        """Whether the settings are those of weights that were trained with VSA, whose models have a branch."""
+        return any(isinstance(config.selector, ReleasedVSA) for config in self.sparse.values())
+
+    def check(self, case: ModelCase) -> None:
+        """Refuse what the case cannot be measured with.
+
+        Raises:
+            OpenVSAError: tiles have another number of axes than the lattice, or the model cannot have a branch.
+        """
+        for config in self.sparse.values():
+            for name, sizes in (("tile", config.tile), ("q_tiles", config.q_tiles)):
+                if sizes and len(sizes) != len(case.grid):
+                    got, grid = ("x".join(map(str, some)) for some in (sizes, case.grid))
+                    raise OpenVSAError(f"{name} must have an entry for each axis of {case.name} ({grid}), got {got}")
+        if self.released and case.transformer != "WanTransformer3DModel":
+            raise OpenVSAError(
+                f"{self.config} is for weights of a WanTransformer3DModel that were trained with VSA; {case.name} is a "
+                f"{case.transformer}"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """For a result file."""
+        sparse = {name: config.to_dict() for name, config in self.sparse.items()}
+        return {
+            "sparse": sparse, "config": self.config, "modes": self.modes, "profile": self.profile,
+            "case_seconds": self.case_seconds,
+        }  # fmt: skip
 
 
 def run_models(
@@ -78,14 +118,12 @@ def run_models(
     folder `out`). No further case is started after `seconds`; the record lists what was not run.
 
     Raises:
-        OpenVSAError: `q_tiles` has another number of axes than the lattice of a case.
+        OpenVSAError: a case cannot be measured with these settings.
     """
     for case in cases:
-        if len(options.q_tiles) not in (0, len(case.grid)):
-            tiles, grid = ("x".join(map(str, sizes)) for sizes in (options.q_tiles, case.grid))
-            raise OpenVSAError(f"q_tiles must have an entry for each axis of {case.name} ({grid}), got {tiles}")
+        options.check(case)
     begin = time.perf_counter()
-    record = new_record(device, command, commit, {**asdict(options), "seconds": seconds}, MODEL_SCHEMA)
+    record = new_record(device, command, commit, {**options.describe(), "seconds": seconds}, MODEL_SCHEMA)
     path = result_path(out, record) if out is not None else None
     record["not_run"] = [case.name for case in cases]
     for case in cases:
@@ -124,8 +162,6 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
     model = case.build(device)
     subject = _Subject(case, model, device, options, alone=held <= _HELD)
     result: dict[str, Any] = {"name": case.name, **case.describe(model), "failed": [], "rows": []}
-    if options.q_tiles:
-        result["q_tiles"] = list(options.q_tiles)
     stage("attention alone")
     result["layers"], result["attention"] = _measure_attention(subject, options, result["rows"])
     result["left_out"] = [{"what": f"dense-{name}", "reasons": why} for name, why in subject.without.items()]
@@ -156,7 +192,10 @@ class _Subject:
 
     def __init__(self, case: ModelCase, model: Any, device: torch.device, options: ModelOptions, alone: bool) -> None:
         self.case, self.model, self.device, self.alone = case, model, device, alone
-        self.densities, self.q_tiles = options.densities, options.q_tiles
+        self.sparse = options.sparse
+        self.densities: dict[str, float] = {}
+        if options.released:
+            add_branch(model)  # its weights are zero: the model computes what it did, in the time that any others take
         self.inputs = case.arguments(model, device)
         self.kernels, self.without = dense_kernels(device.type)
         self.dense = next(iter(self.kernels))
@@ -184,16 +223,15 @@ class _Subject:
                 self.without[name] = (f"fails in its first call ({type(error).__name__}: {said})",)
         self.dense = next(iter(self.kernels))
 
-    def by(self, density: float | None, kernel: str | None = None) -> AbstractContextManager[Any]:
+    def by(self, config: SparsityConfig | None, kernel: str | None = None) -> AbstractContextManager[Any]:
         """Inside, attention is sparse or, with None, computed by a dense kernel, the chosen one by default."""
-        if density is None:
+        if config is None:
             return DenseBy(self.kernels[kernel or self.dense])
-        config = SparsityConfig(density=density, q_tiles=self.q_tiles, min_tokens=0)
         return sparsify(self.model, config=config, measure=False)
 
-    def ways(self) -> dict[str, float | None]:
-        """What is timed: names and densities, dense first."""
-        return {f"dense-{self.dense}": None, **{f"density {density:g}": density for density in self.densities}}
+    def ways(self) -> dict[str, SparsityConfig | None]:
+        """What is timed, by name, dense first."""
+        return {f"dense-{self.dense}": None, **self.sparse}
 
 
 def _measure_attention(subject: _Subject, options: ModelOptions, rows: list[dict[str, Any]]) -> tuple[int, Any]:
@@ -211,38 +249,47 @@ def _measure_attention(subject: _Subject, options: ModelOptions, rows: list[dict
         handle.on_attention(keep)
         subject.forward()
     [event] = events
-    seen, select = event.layout, PooledTopK()
-    layout = TileLayout(seen.grid, seen.tile, seen.prefix, seen.suffix, subject.q_tiles)
-    hoisted = family_of(subject.model).hoist(subject.model) is not None
+    seen, first = event.layout, next(iter(subject.sparse.values()))
+    layout = TileLayout(seen.grid, first.tile or seen.tile, seen.prefix, seen.suffix, first.q_tiles)
+    family = family_of(subject.model)
+    hoisted = family.hoist(subject.model) is not None
+    branch = LearnedBranch.of([attn for _, attn in family.attentions(subject.model)])
     raster = [seen.unpermute(x) for x in (event.q, event.k, event.v)]
     blocked = [layout.permute(x) for x in raster]
     q, k, v = blocked if hoisted else raster
+    weight = torch.zeros_like(q)
     subject.leave_out_what_fails(*(x.transpose(1, 2) for x in (q, k, v)))
 
-    def sparse(budget: Budget) -> Tensor:
+    def sparse(config: SparsityConfig) -> Tensor:
         mine = [x if hoisted else layout.permute(x) for x in (q, k, v)]
-        out = block_sparse_attention(mine[0], mine[1], mine[2], select(mine[0], mine[1], layout, budget))
+        if branch is not None:
+            out, _ = branch.attend(
+                mine[0], mine[1], mine[2], weight, layout, config.base, config.selector, scale=None,
+                backend=config.backend,
+            )  # fmt: skip
+        else:
+            plan = config.selector(mine[0], mine[1], layout, config.base)
+            out = block_sparse_attention(mine[0], mine[1], mine[2], plan, backend=config.backend)
         return out if hoisted else layout.unpermute(out)
 
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name, attend in subject.kernels.items():
         calls["attention", f"dense-{name}"] = partial(attend, *(x.transpose(1, 2) for x in (q, k, v)))
-    for name, density in subject.ways().items():
-        if density is not None:
-            budget = Budget(keep_ratio=density)
-            plan = select(blocked[0], blocked[1], layout, budget)
-            calls["attention", name] = partial(sparse, budget)
-            calls["kernel", name] = partial(block_sparse_attention, *blocked, plan)
     with torch.no_grad():
+        for name, config in subject.sparse.items():
+            plan = config.selector(blocked[0], blocked[1], layout, config.base)
+            asked = config.base.keep_ratio
+            subject.densities[name] = plan.density if asked is None else asked
+            calls["attention", name] = partial(sparse, config)
+            calls["kernel", name] = partial(block_sparse_attention, *blocked, plan, backend=config.backend)
         for call in calls.values():
             call()
         times = time_interleaved(calls, subject.device, options.case_seconds / 4)
-    densities = {f"dense-{name}": None for name in subject.kernels} | subject.ways()
-    rows += [_row(mode, name, densities[name], timing) for (mode, name), timing in times.items()]
+    rows += [_row(mode, name, subject.densities.get(name), timing) for (mode, name), timing in times.items()]
     subject.dense = min(subject.kernels, key=lambda name: times["attention", f"dense-{name}"].ms)
     about = {
         "layer": event.name, "tokens": q.shape[1], "heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3],
-        "tile": layout.tile, "blocks": layout.num_blocks, "tiles": layout.num_tiles,
+        "tile": layout.tile, "q_tiles": layout.q_tiles, "blocks": layout.num_blocks, "tiles": layout.num_tiles,
         "text_tokens": layout.prefix + layout.suffix, "hoisted": hoisted, "dense": subject.dense,
     }  # fmt: skip
     return len(names), about
@@ -260,24 +307,33 @@ def _gate(subject: _Subject, failed: list[str]) -> tuple[dict[str, float], Tenso
     allowed = 2 * rounding + torch.finfo(subject.case.dtype).eps
     if not dense.isfinite().all() or not dense.float().std() > 0:
         failed.append("the dense model gives no finite, varying numbers with these random weights")
-    density, change = 1.0, 0.0
-    for density in (1.0, *subject.densities):
-        with subject.by(density):
+    full = {"density 1": _keeping_all(next(iter(subject.sparse.values())))}
+    name, change = "", 0.0
+    for name, config in (full | dict(subject.sparse)).items():
+        with subject.by(config):
             out = subject.forward()
-        found[f"density {density:g}"] = change = _change(out, dense)
+        found[name] = change = _change(out, dense)
         if not out.isfinite().all():
-            failed.append(f"at density {density:g} the output has numbers that are not finite")
-        if density == 1.0 and not change <= allowed:
+            failed.append(f"with {name} the output has numbers that are not finite")
+        if name in full and not change <= allowed:
             failed.append(
                 f"at density 1 the output differs from that of dense-{subject.dense} by {change:.2e} of its norm; two "
                 f"dense kernels differ by {rounding:.2e}, and {allowed:.2e} is allowed"
             )
     if not change > 0:
-        failed.append(f"density {density:g} changes nothing: attention has no influence with these random weights")
+        failed.append(f"{name} changes nothing: attention has no influence with these random weights")
     with subject.by(None):
         if not torch.equal(subject.forward(), dense):
             failed.append("after sparse steps and detach the dense output is not the same bit for bit")
     return found, dense
+
+
+def _keeping_all(config: SparsityConfig) -> SparsityConfig:
+    """The settings with plans that leave nothing out."""
+    if isinstance(config.selector, ReleasedVSA):
+        method = replace(config.selector, sparsity=0.0)
+        return replace(config, selector=method, budget=method.budget)
+    return replace(config, density=1.0, budget=None, layers={}, dense_layers=())
 
 
 def _change(out: Tensor, of: Tensor) -> float:
@@ -298,9 +354,9 @@ def _measure_host(subject: _Subject, rows: list[dict[str, Any]]) -> None:
     """How long the host is busy with a step: a step over a lattice so small that it waits for nothing else. Dense is
     the model as it is, without the mode that chooses a kernel, which takes the host time in every function."""
     inputs = subject.case.arguments(subject.model, subject.device, SMALL_GRID[-len(subject.case.grid) :])
-    for name, density in subject.ways().items():
+    for name, config in subject.ways().items():
         found = []
-        with nullcontext() if density is None else subject.by(density):
+        with nullcontext() if config is None else subject.by(config):
             subject.forward(inputs)
             for _ in range(_HOST_ROUNDS):
                 torch.cuda.synchronize(subject.device)
@@ -309,7 +365,7 @@ def _measure_host(subject: _Subject, rows: list[dict[str, Any]]) -> None:
                 torch.cuda.synchronize(subject.device)
                 milliseconds = (time.perf_counter() - begin) * 1e3
                 found.append((milliseconds, milliseconds))
-        rows.append(_row("host", name, density, summary(found)))
+        rows.append(_row("host", name, subject.densities.get(name), summary(found)))
 
 
 def _measure_steps(
@@ -318,10 +374,10 @@ def _measure_steps(
     """Times of a step in each way, interleaved, after a first one that compiles what must be, tells the memory, and
     must be about as far from the dense `reference`, or from the compiled dense one, as in the gate."""
     peaks, first = {}, {}
-    for name, density in subject.ways().items():
+    for name, config in subject.ways().items():
         say(f"first step, {mode}, {name}")
         begin = time.perf_counter()
-        with subject.by(density):
+        with subject.by(config):
             if mode == "compiled":
                 subject.forward()  # compiles, which takes memory as well
             out, peaks[name] = _run_and_peak(subject)
@@ -330,7 +386,7 @@ def _measure_steps(
         rounding = next(share for kernel, share in gate.items() if kernel.startswith("dense-"))
         eps = torch.finfo(subject.case.dtype).eps
         allowed = 2 * (rounding + gate.get(name, 0.0)) + eps
-        if mode == "compiled" and density is None:
+        if mode == "compiled" and config is None:
             # It rounds elsewhere in each layer, and such errors add up as a random walk does. What is sparse has its
             # layers compiled alike, so that this is what it is compared with.
             allowed = 2 * rounding + eps * max(1.0, result["layers"] ** 0.5 / 2)
@@ -349,19 +405,19 @@ def _measure_steps(
     while rounds < _FEWEST_ROUNDS or (
         rounds < _MOST_ROUNDS and (time.perf_counter() - begin) * (rounds + 1) / rounds < options.case_seconds
     ):
-        for name, density in subject.ways().items():
-            with subject.by(density):
+        for name, config in subject.ways().items():
+            with subject.by(config):
                 times[name].append(measure(subject.forward, subject.device, 0.0))
         rounds += 1
-    for name, density in subject.ways().items():
-        row = _row(mode, name, density, summary(times[name]))
+    for name in subject.ways():
+        row = _row(mode, name, subject.densities.get(name), summary(times[name]))
         peak = peaks[name] if subject.alone else None
         result["rows"].append({**row, "peak_bytes": peak, "first_seconds": round(first[name], 2)})
     if options.profile:
         say(f"profile, {mode}")
         ways = list(subject.ways().items())
-        for name, density in (ways[0], ways[-1]):
-            with subject.by(density):
+        for name, config in (ways[0], ways[-1]):
+            with subject.by(config):
                 found = kernel_times(subject.forward, subject.device)
             result.setdefault("profile", []).append({"mode": mode, "variant": name, **found})
 
@@ -384,7 +440,8 @@ def _held_bytes(device: torch.device) -> int:
 
 def _row(mode: str, name: str, density: float | None, timing: Timing) -> dict[str, Any]:
     """mode: "attention" (one layer's, selection included), "kernel" (one layer's sparse kernel alone), "host", and of
-    whole steps "eager" and "compiled"."""
+    whole steps "eager" and "compiled". The density is that asked for, or if no share was asked for, of the layer that
+    was timed alone; None is dense."""
     return {"mode": mode, "variant": name, "density": density, **asdict(timing)}
 
 

@@ -197,9 +197,9 @@ def bench(
         typer.Option(help="Steps of --model: eager, compiled (its blocks), or both.", show_default="eager"),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show which kernels --model's time goes to.")] = False,
-    q_tiles: Annotated[
-        list[str] | None,
-        typer.Option(help="Tiles of a query block of --model's sparse steps along each axis, such as 1,2,1."),
+    config: Annotated[
+        str | None,
+        typer.Option(help="Settings of --model's sparse steps: a preset, or a file. Its density, if none is given."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result file.")] = None,
@@ -229,10 +229,10 @@ def bench(
             raise OpenVSAError("--case and --contenders are about kernels; --model takes models by name")
         from openvsa.cli.bench_models import parse_options, run_bench_models
 
-        densities, modes, tiles = (_words(given) if given else None for given in (density, mode, q_tiles))
-        options = parse_options(densities, modes, profile, tiles)
+        densities, modes = (_words(given) if given else None for given in (density, mode))
+        options = parse_options(densities, modes, profile, config)
         raise typer.Exit(run_bench_models(models=_words(model), options=options, **common))
-    of_models = {"--density": density, "--mode": mode, "--profile": profile, "--q-tiles": q_tiles}
+    of_models = {"--density": density, "--mode": mode, "--profile": profile, "--config": config}
     if idle := [name for name, value in of_models.items() if value]:
         raise OpenVSAError(f"{', '.join(idle)}: for whole models only; add --model NAME (see --list)")
     status = run_bench(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,40 +10,44 @@ from rich.console import Console
 from rich.table import Table
 
 from openvsa.bench.model_cases import MODELS, find_models
-from openvsa.bench.model_run import ModelOptions, run_models
+from openvsa.bench.model_run import ModelOptions, by_density, one_step, run_models
 from openvsa.bench.record import commit as this_commit
 from openvsa.cli.bench import find_device, make_console, print_end
-from openvsa.config import Budget
-from openvsa.errors import OpenVSAError, require
+from openvsa.cli.generate_pair import sparsity
+from openvsa.errors import BudgetError, OpenVSAError, require
+from openvsa.integrations.branch import check_settings
 
 __all__ = ["list_models", "parse_options", "run_bench_models"]
 
 
 def parse_options(
-    densities: list[str] | None, modes: list[str] | None, profile: bool, q_tiles: list[str] | None
+    densities: list[str] | None, modes: list[str] | None, profile: bool, config: str | None
 ) -> ModelOptions:
     """From what was typed; None for the default.
 
     Raises:
-        BudgetError: a density is out of range.
-        OpenVSAError: it is no number, there is no such mode, or `q_tiles` are no whole numbers from 1 on.
+        BudgetError: a density is out of range, or is not for these settings.
+        OpenVSAError: it is no number, there is no such mode, or no such file or preset.
     """
-    given: dict[str, Any] = {}
-    if densities is not None:
-        try:
-            given["densities"] = tuple(float(text) for text in densities)
-        except ValueError:
-            raise OpenVSAError(f"--density must be numbers with commas between, got {','.join(densities)!r}") from None
-        for density in given["densities"]:
-            Budget(keep_ratio=density)
+    given: dict[str, Any] = {"profile": profile}
     if modes is not None:
         given["modes"] = tuple(modes)
-    if q_tiles is not None:
-        if not all(text.isdecimal() and int(text) for text in q_tiles):
-            got = ",".join(q_tiles)
-            raise OpenVSAError(f"--q-tiles must be whole numbers from 1 on with commas between, got {got!r}")
-        given["q_tiles"] = tuple(int(text) for text in q_tiles)
-    return ModelOptions(**given, profile=profile)
+    try:
+        shares = None if densities is None else [float(text) for text in densities]
+    except ValueError:
+        raise OpenVSAError(f"--density must be numbers with commas between, got {','.join(densities or ())}") from None
+    if config is None:
+        return ModelOptions(**given) if shares is None else ModelOptions(**given, sparse=by_density(shares))
+
+    name, base = Path(config).stem, one_step(sparsity(None, config, 1))
+    sparse = {name: base}
+    if shares is not None:
+        if base.layers:
+            raise BudgetError(f"the settings {config} have densities by layer; leave out --density, or these")
+        sparse = {f"{name}, density {share:g}": replace(base, density=share, budget=None) for share in shares}
+        for one in sparse.values():
+            check_settings(one, branch=False)
+    return ModelOptions(**given, sparse=sparse, config=name)
 
 
 def run_bench_models(
@@ -93,11 +98,11 @@ def print_model(found: dict[str, Any], console: Console) -> None:
     if about is None:
         console.print(f"{found['name']} FAILED: {'; '.join(found['failed'])}", markup=False, highlight=False)
         return
+    q_tiles = f"query blocks of {'x'.join(map(str, about['q_tiles']))} tiles, " if max(about["q_tiles"]) > 1 else ""
     console.print(
         f"[bold]{found['name']}[/bold]  {found['note']}; {found['layers']} layers, {found['parameters'] / 1e9:.3g} B "
         f"parameters; {about['tokens']} tokens, tile {'x'.join(map(str, about['tile']))}, {about['tiles']} tiles, "
-        f"{'query blocks of ' + 'x'.join(map(str, found['q_tiles'])) + ' tiles, ' if 'q_tiles' in found else ''}"
-        f"H={about['heads']} D={about['head_dim']} {found['dtype']}; {found['seconds']:g} s",
+        f"{q_tiles}H={about['heads']} D={about['head_dim']} {found['dtype']}; {found['seconds']:g} s",
         highlight=False,
     )
     gate = ", ".join(f"{name} {change:.1e}" for name, change in found["gate"].items())
