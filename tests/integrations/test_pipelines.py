@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -247,3 +248,43 @@ def test_a_pipeline_made_from_another_counts_steps_of_its_own() -> None:
     sparse = [event.plan is not None for event in events if event.layer == 0]
     assert sparse[:5] == [False, True, True, True, False]
     assert sparse[5:] == [False, True, False]
+
+
+def interrupt(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+    pipe._interrupt = step == 1
+    return {}
+
+
+def fail(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+    if step == 1:
+        raise KeyboardInterrupt
+    return {}
+
+
+@pytest.mark.parametrize("end", [interrupt, fail])
+@pytest.mark.parametrize("attached", ["pipeline", "transformer"])
+def test_steps_are_counted_anew_after_an_interrupted_generation(end: Any, attached: str) -> None:
+    """By another pipeline with a scheduler of its own, whose first noise level is that of the last step, or less."""
+    torch.manual_seed(0)
+    pipe = WanPipeline(None, None, wan_vae(), euler(), wan_transformer())
+    other = WanVideoToVideoPipeline(None, None, pipe.transformer, pipe.vae, euler())
+    given = {**prompts(1, 7, 16), "guidance_scale": 1.0, "output_type": "latent"}
+    events: list[AttentionEvent] = []
+    # Without the pipeline nothing but the one that runs can tell.
+    whole, last = (pipe, 1) if attached == "pipeline" else (pipe.transformer, 0)
+    config = SparsityConfig(density=0.3, dense_first_steps=1, dense_last_steps=last)
+
+    def sparse_steps(which: Any, **arguments: Any) -> list[bool]:
+        events.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            which(**given, **arguments)
+        return [event.plan is not None for event in events if event.layer == 0]
+
+    with openvsa.sparsify(whole, config=config) as handle:
+        handle.on_attention(events.append)
+        video = {"video": [PICTURE] * 9, "height": 80, "width": 112}
+        assert sparse_steps(pipe, **SIZES, num_inference_steps=5, callback_on_step_end=end) == [False, True]
+        for strength in (0.8, 0.6):
+            halfway = {**video, "num_inference_steps": 5, "callback_on_step_end": end, "strength": strength}
+            assert sparse_steps(other, **halfway) == [False, True]
+        assert sparse_steps(other, **video, num_inference_steps=10, strength=0.4) == [False, True, True, not last]

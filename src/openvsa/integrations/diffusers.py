@@ -23,7 +23,7 @@ from openvsa.integrations.families import Family, family_of
 from openvsa.integrations.intercept import SparseProcessor, wrap
 from openvsa.integrations.report import AttentionCallback, SparsityReport
 from openvsa.integrations.session import Session, Site
-from openvsa.integrations.steps import weakly
+from openvsa.integrations.steps import timesteps_of, weakly
 from openvsa.select import BudgetTable, PooledTopK, Selector
 
 __all__ = ["SparseHandle", "SparsityConfig", "attach", "observe", "sparsify"]
@@ -219,7 +219,7 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
     if config is not None:
         dense = config.check_layers(names)
         check_settings(config, session.branch is not None)
-        if config.dense_last_steps and session.timesteps is None:
+        if config.dense_last_steps and timesteps_of(session.pipeline()) is None:
             raise UnsupportedError(
                 "dense_last_steps needs to know how many steps there are: give sparsify the pipeline, whose scheduler "
                 "has the timesteps, not its transformer",

@@ -25,7 +25,7 @@ from openvsa.integrations.forward import Forward, Part
 from openvsa.integrations.intercept import SparseProcessor
 from openvsa.integrations.report import AttentionCallback, AttentionEvent
 from openvsa.integrations.reuse import Kept, KeptPlans
-from openvsa.integrations.steps import StepClock, count_steps, warn_if_all_dense, weakly
+from openvsa.integrations.steps import StepClock, count_steps, running_pipeline, timesteps_of, warn_if_all_dense, weakly
 from openvsa.integrations.tally import Clock, Tally
 from openvsa.layout import TileLayout
 from openvsa.layout.keep import fakes_are_on
@@ -93,11 +93,6 @@ class Session:
     forward: Forward | None = None
     clock: StepClock = field(default_factory=StepClock)
     plans: KeptPlans = field(default_factory=KeptPlans)
-
-    @property
-    def timesteps(self) -> Tensor | None:
-        """Those of the scheduler that the pipeline has now; None without a pipeline, or if it is gone."""
-        return getattr(getattr(self.pipeline(), "scheduler", None), "timesteps", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         # Settings are copied. What has run stays behind: it may hold events of a GPU and tensors that know no copy.
@@ -532,9 +527,7 @@ class Site:
         if config is None:
             return True
         if config.needs_steps:
-            step = self._step(sequence, timestep)
-            if config.dense_last_steps:
-                num_steps = count_steps(session.pipeline(), step)
+            step, num_steps = self._step(config, sequence, timestep)
             if config.reuse_steps > 1:
                 variant = (*variant, *(found for found in self._hooks() if found[1] == _WEAKER))
                 about = (sequence, None if condition is None else condition.shape[0], id(self.transformer))
@@ -569,7 +562,8 @@ class Site:
             warnings.warn(f"attention stays dense: {why}; SparsityConfig(min_tokens=0) makes it sparse", stacklevel=2)
         return why
 
-    def _step(self, sequence: Sequence, timestep: Tensor | None) -> int:
+    def _step(self, config: SparsityConfig, sequence: Sequence, timestep: Tensor | None) -> tuple[int, int | None]:
+        """The step of this forward, and of how many, if the settings ask."""
         if torch.compiler.is_compiling():
             _refuse_compiled_steps()  # pyright: ignore[reportCallIssue]
         if _captures_graph():
@@ -587,9 +581,13 @@ class Site:
                 "Call transformer.eval(), or leave out steps, dense_first_steps, dense_last_steps and reuse_steps",
                 {},
             )
-        session, timesteps = self.session, self.session.timesteps
+        session = self.session
+        # In a loop of the user's own the pipeline that was given has the scheduler.
+        pipeline = running_pipeline(self.transformer) or session.pipeline()
+        timesteps = timesteps_of(pipeline)
         if session.clock.tick(float(timestep.max()), sequence.grid, timesteps):
             session.plans.clear()
-            if session.config is not None and timesteps is not None:
-                warn_if_all_dense(session.config, session.pipeline())
-        return session.clock.step
+            if timesteps is not None:
+                warn_if_all_dense(config, pipeline)
+        step = session.clock.step
+        return step, count_steps(pipeline, step) if config.dense_last_steps else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from openvsa.errors import UnsupportedError
 if TYPE_CHECKING:
     from openvsa.integrations.config import SparsityConfig
 
-__all__ = ["Branches", "StepClock", "count_steps", "warn_if_all_dense", "weakly"]
+__all__ = ["Branches", "StepClock", "count_steps", "running_pipeline", "timesteps_of", "warn_if_all_dense", "weakly"]
 
 
 class StepClock:
@@ -30,8 +31,8 @@ class StepClock:
     def tick(self, level: float, grid: tuple[int, ...], schedule: Tensor | None = None) -> bool:
         """Take note of a forward; True if it begins a generation.
 
-        `schedule` is the timesteps of the pipeline's scheduler, if there is one. Pipelines make them anew for every
-        generation, which tells one that begins at a low noise level from the rest of one that was interrupted.
+        `schedule` is the timesteps of the scheduler, if there is one. Pipelines make them anew for every generation,
+        which tells one that begins at a low noise level from the rest of one that was interrupted.
         """
         fresh = self._level is None or level > self._level or grid != self._grid
         if schedule is not None and (self._schedule is None or self._schedule() is not schedule):
@@ -53,18 +54,42 @@ def weakly(model: Any) -> Callable[[], Any]:
         return lambda: model
 
 
+def running_pipeline(transformer: Any) -> Any:
+    """The pipeline of Diffusers that calls this transformer now; None where something else does.
+
+    Pipelines may share a transformer, and only the one that runs has the scheduler that counts. Nothing that a forward
+    is given says which one that is, so it is looked for among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            # Of other classes nothing is asked, which might be a property that does something.
+            if any(kind.__module__.startswith("diffusers.") for kind in type(owner).__mro__):
+                parts = [getattr(owner, name, None) for name in ("transformer", "transformer_2", "scheduler")]
+                if any(getattr(part, "_orig_mod", part) is transformer for part in parts[:2]) and parts[2] is not None:
+                    return owner
+        frame = frame.f_back
+    return None
+
+
+def timesteps_of(pipeline: Any) -> Tensor | None:
+    """Those of the scheduler that a pipeline has now; None without a pipeline, or a scheduler."""
+    return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+
+
 def count_steps(pipeline: Any, step: int = 0) -> int:
-    """How many steps the generation has that a pipeline, or another one with its scheduler, is at, in step `step`.
+    """How many steps the generation has that a pipeline is at, in step `step`.
 
     Raises:
         UnsupportedError: the pipeline, or its scheduler, is gone.
     """
-    timesteps: Tensor | None = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+    timesteps = timesteps_of(pipeline)
     if timesteps is None:
         raise UnsupportedError(
             "dense_last_steps needs the pipeline given to sparsify, but it, or its scheduler, is gone; keep it", {}
         )
-    # What the scheduler says holds also for a pipeline that shares it (`from_pipe`), and for one of modular blocks.
+    # What the scheduler says holds also for a pipeline of modular blocks.
     at: int | None = getattr(pipeline.scheduler, "step_index", None)
     # It is set in the first step, and past the last one it is of a generation that has ended, not of this one.
     if step and at is not None and at < len(timesteps):
