@@ -20,7 +20,7 @@ from typer.main import get_command
 
 import tiny_pipelines
 from openvsa.cli.app import app
-from openvsa.integrations import session
+from openvsa.integrations import site
 from openvsa.integrations.branch import add_branch
 
 if sys.version_info >= (3, 11):
@@ -95,7 +95,7 @@ def test_what_needs_the_weights_of_wan_runs_with_others(
         diffusers.WanPipeline, "__call__", lambda pipe, text, **given: call(pipe, text, **given | small)
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(folder))
-    monkeypatch.setattr(session, "objection", lambda *about: "")  # so short a video would not be faster
+    monkeypatch.setattr(site, "objection", lambda *about: "")  # so short a video would not be faster
     names: dict[str, Any] = {}
     exec(compile(block.code.replace('"cuda"', '"cpu"'), str(block.page), "exec"), names)
     assert names["handle"].report().executed_density < 1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openvsa.integrations.families import family_of, supported
 from openvsa.integrations.intercept import Interception
-from openvsa.integrations.session import _TOKENWISE_HOOKS
+from openvsa.integrations.site import _TOKENWISE_HOOKS
 from tiny_wan import text, tiny_wan
 
 # What families read from a forward, and attachment from a model.

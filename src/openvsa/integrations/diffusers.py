@@ -22,7 +22,8 @@ from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, family_of
 from openvsa.integrations.intercept import SparseProcessor, wrap
 from openvsa.integrations.report import AttentionCallback, SparsityReport
-from openvsa.integrations.session import Session, Site
+from openvsa.integrations.session import Session
+from openvsa.integrations.site import Site
 from openvsa.integrations.steps import timesteps_of, weakly
 from openvsa.select import BudgetTable, PooledTopK, Selector
 

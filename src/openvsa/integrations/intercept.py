@@ -11,7 +11,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,18 @@ if TYPE_CHECKING:
     from openvsa.integrations.reuse import Kept
     from openvsa.integrations.session import Session
 
-__all__ = ["SparseProcessor", "wrap"]
+__all__ = ["SparseProcessor", "raise_unsupported", "wrap"]
 
 # scaled_dot_product_attention, seen and answered: with BHSD tensors and its own arguments.
 Attend = Callable[..., Tensor]
+
+
+# Outside of what is compiled: not every Dynamo can trace the making of an error.
+@torch.compiler.disable(
+    reason="sparse attention refuses a call; compile without fullgraph=True, and the error says why"
+)
+def raise_unsupported(reason: str) -> NoReturn:
+    raise UnsupportedError(reason, {})
 
 
 class Interception(TorchFunctionMode):
@@ -98,7 +106,8 @@ class SparseProcessor:
         session = self.session
         if not self.attached:
             return self.inner(attn, *args, **kwargs)
-        if session.mine() is None:
+        forward = session.mine()
+        if forward is None:
             raise OpenVSAError(f"{self.name} ran outside its transformer's forward, so its lattice is not known")
         if _attends_to_nothing(attn):
             return self.inner(attn, *args, **kwargs)
@@ -108,13 +117,17 @@ class SparseProcessor:
         if not dense and getattr(self.inner, "_parallel_config", None) is not None:
             raise UnsupportedError(f"{self.name} runs under context parallelism, which is not supported yet", {})
         hidden_states = args[0] if args else kwargs.get("hidden_states")
+        # What is made of such a mask is one of padded text, too.
+        text_mask: Tensor | None = kwargs.get(self.family.pair_mask)
+        of_text = text_mask is not None and forward.is_of_text(text_mask)
 
         def attend(index: int, **call: Any) -> Tensor:
-            return session.attend(self, attn, hidden_states, index, **call)
+            return session.attend(self, attn, hidden_states, index, of_text, **call)
 
         mode = Interception(attend)
-        if not dense and self.family.pair_mask in kwargs:
-            out = self._without_pairs(mode, attn, args, kwargs)
+        # Compiled processors make nothing that is not read.
+        if text_mask is not None and of_text and not dense and not torch.compiler.is_compiling():
+            out = self._without_pairs(mode, attn, args, {**kwargs, self.family.pair_mask: text_mask.to("meta")})
             if mode.calls:
                 return out
         with mode:
@@ -127,17 +140,12 @@ class SparseProcessor:
         """The output of the call, made with a mask of text that has no values: a processor that makes one of all pairs
         of tokens of it does so for nothing, since sparse attention knows the lengths, and in each layer: 12 GiB for
         113,000 tokens. If the mode saw no attention the output is none: an attention backend wants the values."""
-        forward, mask = self.session.forward, kwargs[self.family.pair_mask]
-        if torch.compiler.is_compiling():  # it makes nothing that is not read
-            return None
-        assert forward is not None
-        if mask is None or mask.shape[1] != forward.sequence.suffix or not forward.is_of_text(mask):
-            return None
         try:
             with mode:
-                return self.inner(attn, *args, **{**kwargs, self.family.pair_mask: mask.to("meta")})
-        except Exception as error:
-            if mode.calls or isinstance(error, torch.OutOfMemoryError):
+                return self.inner(attn, *args, **kwargs)
+        except RuntimeError as error:
+            # What torch says of tensors without values. The call is made again with them, and says what else is wrong.
+            if mode.calls or "meta" not in str(error):
                 raise
             return None
 
@@ -173,7 +181,7 @@ class SparseProcessor:
         """Raise, or if the settings are not strict warn once: this call stays dense."""
         config = self.session.config
         if config is None or config.strict:
-            raise UnsupportedError(reason, {})
+            raise_unsupported(reason)  # pyright: ignore[reportCallIssue]
         self.why_dense = reason
         if not self.warned and not torch.compiler.is_compiling():
             self.warned = True

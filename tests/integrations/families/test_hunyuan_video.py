@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
-from torch import nn
+from torch import Tensor, nn
 
 import openvsa
 from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
+from openvsa import UnsupportedError
 from openvsa.integrations.families import family_of
 
 TEXT = 11
@@ -108,3 +109,61 @@ def test_padding_is_never_read() -> None:
 
 def test_tokens_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     check_hoist(build(), call((3, 4, 6), (4, TEXT)), monkeypatch)
+
+
+def without_the_first_key(mask: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(mask[..., :1]), mask[..., 1:]], -1)
+
+
+def causal_but_for_the_first_row(mask: Tensor) -> Tensor:
+    tokens = mask.shape[-1]
+    pairs = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    pairs[0] = True
+    return mask & pairs
+
+
+@pytest.mark.parametrize("change", [without_the_first_key, causal_but_for_the_first_row])
+@pytest.mark.parametrize("compiled", ["nothing", "blocks", "whole"])
+def test_another_mask_in_the_last_layer_alone_is_refused(change: Any, compiled: str) -> None:
+    """Compiled layers do not see the values of masks: the forward ends with the error."""
+    model, inputs = build(), call((3, 4, 6), (4, TEXT))
+    last: Any = model.single_transformer_blocks[-1]  # pyright: ignore[reportIndexIssue]
+
+    def replace(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": change(kwargs["attention_mask"])}
+
+    openvsa.sparsify(model, density=0.3)
+    torch.compiler.reset()
+    run(model, inputs)
+    hook = last.attn.register_forward_pre_hook(replace, with_kwargs=True)
+    if compiled == "blocks":
+        last.compile(backend="aot_eager")
+    whole: Any = torch.compile(model, backend="aot_eager") if compiled == "whole" else model
+    with pytest.raises(UnsupportedError, match=r"mask .* not that of padded text with \(4, 11\) valid tokens"):
+        run(whole, inputs)
+    hook.remove()
+    torch.compiler.reset()
+    run(whole, inputs)
+
+
+def test_a_mask_that_layers_share_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at it waits for the device."""
+    looks: list[bool] = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: looks.append(True) or equal(*pair))
+    model, inputs = build(), call((3, 4, 6), (4, TEXT))
+    openvsa.sparsify(model, density=0.3)
+    run(model, inputs)
+    assert len(looks) == 1
+
+
+def test_a_block_of_one_graph_that_is_refused_says_where_to_read_why() -> None:
+    model, inputs = build(), call((3, 4, 6), (4, TEXT))
+    last: Any = model.single_transformer_blocks[-1]  # pyright: ignore[reportIndexIssue]
+    last.attn.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"].float()}), with_kwargs=True
+    )
+    openvsa.sparsify(model, density=0.3)
+    last.compile(backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True, and the error says why"):
+        run(model, inputs)

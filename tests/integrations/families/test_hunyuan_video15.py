@@ -173,6 +173,32 @@ def test_another_mask_than_that_of_padding_is_refused_in_every_layer(monkeypatch
         assert [layer.sparse_calls for layer in handle.report().layers] == [0, 0]
 
 
+def test_another_mask_is_refused_in_compiled_blocks_too() -> None:
+    model, inputs = build(), call(GRID, (4, TEXT))
+    with openvsa.sparsify(model, density=0.3, tile=(1, 2, 2), min_tokens=0):
+        for block in model.transformer_blocks:
+            block.attn.register_forward_pre_hook(mask_the_first_token, with_kwargs=True)
+            block.compile(backend="aot_eager", fullgraph=True)
+        with pytest.raises(UnsupportedError, match=r"not that of padded text with \(6, 11\) valid tokens"):
+            run(model, inputs)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError])
+def test_an_error_in_a_processor_goes_through_and_nothing_is_run_again(error: type[Exception]) -> None:
+    model, inputs = build(), call(GRID, (4, TEXT))
+    calls: list[nn.Module] = []
+
+    def fail(module: nn.Module, *_: Any) -> None:
+        calls.append(module)
+        raise error("no luck")
+
+    model.transformer_blocks[0].attn.to_k.register_forward_pre_hook(fail)
+    openvsa.sparsify(model, density=0.3, tile=(1, 2, 2), min_tokens=0)
+    with pytest.raises(error, match="no luck"):
+        run(model, inputs)
+    assert len(calls) == 1
+
+
 def test_an_attention_backend_that_reads_the_mask_is_refused_as_any_other() -> None:
     model, inputs = build(), call(GRID, (4, TEXT))
     dense = run(model, inputs)
