@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from openvsa import models
 from openvsa.evaluate.audit_figures import AuditFigures
+from openvsa.integrations.config import SparsityConfig
 from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes, save_pipeline
 from openvsa.models.shots import ShotTokens
 from openvsa.select import BudgetTable
@@ -31,6 +33,10 @@ WRONG = {
     "height": (["--height", "64"], "height is for Diffusers pipelines"),
     "out": (["--out", "/proc/nowhere"], "cannot write to the output folder '/proc/nowhere'"),
     "budget": (["--budget", "/proc/nowhere/table.json"], "cannot write to the output folder '/proc/nowhere'"),
+    "config": (["--config", "moon"], "--config moon is no file, and no preset; presets are wan, "),
+    "config-and-density": (["--config", "wan", "--density", "0.5"], "leave out --density, or --config"),
+    "config-at": (["--config", "wan", "--at", "1,4"], r"step 1 stays dense \(dense_first_steps is 2\)"),
+    "config-budget": (["--config", "wan", "--budget", "t.json"], "would lose dense_first_steps, dense_layers of these"),
     "model": (["no-such-folder/at/all"], "no-such-folder/at/all"),
 }
 
@@ -98,6 +104,40 @@ def test_without_a_table_and_without_options(
     assert list(figures.steps) == [1, 4, 6]
     assert figures.table is None
     assert "table" not in outcome.out
+
+
+def test_an_audit_of_a_preset(openvsa_command: Callable, made: list[int], tmp_path: Path) -> None:
+    outcome = openvsa_command("audit", "--config", "wan", "--steps", 6, "--out", tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert "dense      1 of 6 steps and 1 of 2 layers" in outcome.out
+    assert made == [2, 6, 2, 6]
+    figures = AuditFigures.from_json((tmp_path / "audit.json").read_text())
+    assert list(figures.steps) == [1, 3, 5], "three of those that are sparse"
+    assert figures.settings.density == 0.25
+    assert figures.settings.config == SparsityConfig.preset("wan", steps=6, min_tokens=0)
+    assert "--config wan" in figures.settings.command
+    assert "--density" not in figures.settings.command
+    assert openvsa_command(*shlex.split(figures.settings.command)[1:]).status == 0
+    again = AuditFigures.from_json((tmp_path / "audit.json").read_text())
+    assert (again.calls, again.dense_calls) == (figures.calls, figures.dense_calls), "the same numbers"
+
+
+def test_an_audit_of_a_file(openvsa_command: Callable, made: list[int], tmp_path: Path) -> None:
+    """And a table of another audit is such a file."""
+    table = BudgetTable(0.5, {"blocks.0.attn1": (0.25, 1.0), "blocks.1.attn1": (0.5, 0.5)}, (2, 4, 4))
+    table.save(tmp_path / "table.json")
+    config = SparsityConfig(density=0.5, tile=(2, 4, 4), q_tiles=(1, 2, 1), layers={"blocks.1.attn1": 0.25})
+    config.save(tmp_path / "mine.yaml")
+    kept = []
+    for name in ("table.json", "mine.yaml"):
+        outcome = openvsa_command("audit", "--config", tmp_path / name, "--steps", 2, "--out", tmp_path / "out")
+        assert outcome.status == 0, outcome.err
+        figures = AuditFigures.from_json((tmp_path / "out" / "audit.json").read_text())
+        assert figures.settings.tile == (2, 4, 4)
+        assert figures.settings.config == replace(SparsityConfig.load(tmp_path / name), min_tokens=0)
+        kept.append(next(call.figures.density for call in figures.calls if call.layer == 1))
+        assert "dense      " not in outcome.out
+    assert kept == [(pytest.approx(0.5, abs=0.05),) * 2, (pytest.approx(0.25, abs=0.05),) * 2]
 
 
 def test_a_page_of_another_name_and_a_picture_of_ones_own(

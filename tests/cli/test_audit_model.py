@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import WanTransformer3DModel
 from PIL import Image
 
 import tiny_pipelines
 from openvsa.evaluate.audit_figures import AuditFigures
+from openvsa.integrations.branch import add_branch
+from openvsa.integrations.config import SparsityConfig
 from openvsa.select import BudgetTable
 
 SMALL = ["--prompt", "a cat plays the piano", "--steps", 2, "--at", "1", "--height", 48, "--width", 64, "--frames", 5]
@@ -32,6 +35,19 @@ def test_a_diffusers_pipeline(openvsa_command: Callable, wan: Path, tmp_path: Pa
     assert list(figures.steps) == [1]
     assert len(figures.sparse.quality.psnr) == 5
     assert BudgetTable.load(table).layers.keys() == set(figures.layers.values())
+
+
+def test_weights_that_were_trained_with_vsa(openvsa_command: Callable, tmp_path: Path) -> None:
+    model = tiny_pipelines.wan(tmp_path / "model")
+    transformer = WanTransformer3DModel.from_pretrained(model / "transformer")
+    add_branch(transformer)
+    transformer.save_pretrained(model / "transformer")
+    outcome = openvsa_command("audit", model, *SMALL, "--config", "vsa-1.3b", "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    figures = AuditFigures.from_json((tmp_path / "out" / "audit.json").read_text())
+    assert figures.settings.branch
+    assert figures.settings.config == SparsityConfig.preset("vsa-1.3b", min_tokens=0)
+    assert figures.settings.density == pytest.approx(0.2)
 
 
 def test_a_pipeline_that_continues_a_picture(openvsa_command: Callable, tmp_path: Path) -> None:

@@ -19,9 +19,16 @@ from openvsa.evaluate.audit import CURVE, Audit, Measured, curves_of
 from openvsa.evaluate.audit_attention import CallFigures, CurvePoint
 from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings, CallAudit, TimedDensity
 from openvsa.evaluate.audit_page import heatmaps, write_audit
+from openvsa.integrations.config import SparsityConfig
 from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes
 from openvsa.models.shots import ShotTokens
 from openvsa.select import BudgetTable
+
+SETTINGS = SparsityConfig(density=0.25, tile=(2, 2, 2), min_tokens=0)
+
+
+def at(density: float) -> SparsityConfig:
+    return SparsityConfig(density=density, min_tokens=0)
 
 
 def pipeline() -> ClipPipeline:
@@ -60,8 +67,7 @@ def audited() -> tuple[ClipPipeline, Measured, list[str]]:
 
     before = [block.attn1.processor for block in pipe.transformer.blocks]
     audit = Audit(
-        pipe, partial(pipe, scene="glide", seed=1), density=0.25, steps=4, audited=(0, 2), tile=(2, 2, 2),
-        on_progress=progress,
+        pipe, partial(pipe, scene="glide", seed=1), config=SETTINGS, steps=4, audited=(0, 2), on_progress=progress,
     )  # fmt: skip
     found = audit.run(with_table=True)
     assert [block.attn1.processor for block in pipe.transformer.blocks] == before
@@ -75,7 +81,7 @@ def figures(audited: tuple[ClipPipeline, Measured, list[str]]) -> AuditFigures:
     settings = AuditSettings(
         model="a model of noise", subject="</script> & sines", command="openvsa audit", seed=1, steps=4, density=0.25,
         grid=found.layout.grid, tile=found.layout.tile, num_tiles=found.layout.num_tiles, query_blocks=64,
-        device="CPU", threads=1, versions={"torch": torch.__version__},
+        device="CPU", threads=1, versions={"torch": torch.__version__}, config=SETTINGS,
     )  # fmt: skip
     return AuditFigures(
         settings, found.calls, found.forwards, found.dense, found.sparse, found.dense_forward, found.times, found.table,
@@ -171,7 +177,8 @@ def test_progress_is_told(audited: tuple[ClipPipeline, Measured, list[str]]) -> 
 def test_at_density_one_nothing_is_lost() -> None:
     pipe = pipeline()
     pipe.set_progress_bar_config(disable=True)
-    found = Audit(pipe, partial(pipe, scene="glide", seed=1), density=1.0, steps=2, audited=(1,)).run(with_table=False)
+    audit = Audit(pipe, partial(pipe, scene="glide", seed=1), config=at(1.0), steps=2, audited=(1,))
+    found = audit.run(with_table=False)
     assert found.table is None
     for call in found.calls:
         assert call.figures.recall == pytest.approx((1.0, 1.0), abs=1e-5)
@@ -183,7 +190,7 @@ def test_at_density_one_nothing_is_lost() -> None:
 def test_layers_one_by_one() -> None:
     pipe = pipeline()
     pipe.set_progress_bar_config(disable=True)
-    audit = Audit(pipe, partial(pipe, scene="glide", seed=1), density=0.25, steps=2, audited=(1,), by="layer")
+    audit = Audit(pipe, partial(pipe, scene="glide", seed=1), config=at(0.25), steps=2, audited=(1,), by="layer")
     found = audit.run(with_table=True)
     assert {name: len(gain) for name, gain in found.forwards[0].gains.items()} == {
         "blocks.0.attn1": 1,
@@ -191,13 +198,13 @@ def test_layers_one_by_one() -> None:
     }
     assert found.table is not None
     with pytest.raises(OpenVSAError, match="by must be 'head' or 'layer', got 'token'"):
-        Audit(pipe, lambda **_: torch.zeros(0), density=0.5, steps=2, audited=(1,), by="token")
+        Audit(pipe, lambda **_: torch.zeros(0), config=at(0.5), steps=2, audited=(1,), by="token")
 
 
 @pytest.mark.parametrize("audited", [(), (4,), (-1, 2)])
 def test_steps_that_do_not_exist(audited: tuple[int, ...]) -> None:
     with pytest.raises(OpenVSAError, match=r"audited steps must be in 0\.\.3"):
-        Audit(None, lambda **_: torch.zeros(0), density=0.5, steps=4, audited=audited)
+        Audit(None, lambda **_: torch.zeros(0), config=at(0.5), steps=4, audited=audited)
 
 
 def test_a_pipeline_that_tells_nothing_of_its_steps() -> None:
@@ -208,7 +215,7 @@ def test_a_pipeline_that_tells_nothing_of_its_steps() -> None:
         return pipe(scene="glide", num_inference_steps=num_inference_steps)
 
     with pytest.raises(OpenVSAError, match="ClipPipeline did not call callback_on_step_end"):
-        Audit(pipe, silent, density=0.5, steps=2, audited=(1,)).run(with_table=False)
+        Audit(pipe, silent, config=at(0.5), steps=2, audited=(1,)).run(with_table=False)
 
 
 def test_figures_survive_json(figures: AuditFigures) -> None:

@@ -10,8 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, Hun
 from torch import Tensor
 
 from openvsa.evaluate.audit import Audit
+from openvsa.integrations.config import SparsityConfig
 
 TEXT, VALID, NEGATIVE = 11, 5, 3
+SETTINGS = SparsityConfig(density=0.3, min_tokens=0)
 
 
 def pipeline() -> HunyuanVideoPipeline:
@@ -48,7 +50,7 @@ def make_clip_of(pipe: HunyuanVideoPipeline, valid: tuple[int, int]) -> Any:
 @pytest.mark.parametrize("valid", [(VALID, NEGATIVE), (TEXT, TEXT)], ids=["padded", "whole"])
 def test_every_layer_is_looked_at(valid: tuple[int, int]) -> None:
     pipe = pipeline()
-    audit = Audit(pipe, make_clip_of(pipe, valid), density=0.3, steps=3, audited=[0, 2], by="layer")
+    audit = Audit(pipe, make_clip_of(pipe, valid), config=SETTINGS, steps=3, audited=[0, 2], by="layer")
     measured = audit.run(with_table=True)
     assert measured.layout.suffix == valid[0]
     names = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]

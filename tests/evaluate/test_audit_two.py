@@ -12,6 +12,7 @@ from diffusers import WanPipeline
 
 import tiny_pipelines
 from openvsa.evaluate.audit import Audit
+from openvsa.integrations.config import SparsityConfig
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def test_each_transformer_spends_its_own_density(pipe: Any) -> None:
     assert (ran.count("first"), ran.count("second")) == (6, 2), "two forwards a step"
     for hook in hooks:
         hook.remove()
-    found = Audit(pipe, make_clip, density=0.3, steps=4, audited=(0, 3), tile=(2, 2, 2)).run(with_table=True)
+    settings = SparsityConfig(density=0.3, tile=(2, 2, 2), min_tokens=0)
+    found = Audit(pipe, make_clip, config=settings, steps=4, audited=(0, 3)).run(with_table=True)
     assert found.table is not None
     assert found.budgeted is not None
     assert len(found.table.layers) == 4

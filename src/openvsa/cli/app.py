@@ -102,14 +102,20 @@ def audit(
     height: Annotated[int | None, typer.Option(help="Pixels, for a Diffusers pipeline.")] = None,
     width: Annotated[int | None, typer.Option(help="The same.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, for a Diffusers pipeline.")] = None,
-    density: Annotated[float, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1].")] = 0.125,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.125.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Settings instead of --density: a file, a table of openvsa audit, or a preset's name."),
+    ] = None,
     budget: Annotated[
         Path | None, typer.Option(help="File to write a table of densities by layer and head to, of the same mean.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
     at: Annotated[
-        list[str] | None, typer.Option(help="Steps to look at, with commas between; by default three.")
+        list[str] | None, typer.Option(help="Sparse steps to look at, with commas between; by default three.")
     ] = None,
     query_blocks: Annotated[int, typer.Option(min=1, help="Query blocks to look at in each layer.")] = 64,
     by: Annotated[str, typer.Option(help="What --budget tries one by one: head, or the quicker layer.")] = "head",
@@ -129,6 +135,7 @@ def audit(
         image=image,
         sizes={"height": height, "width": width, "num_frames": frames},
         density=density,
+        config=config,
         seed=seed,
         steps=steps,
         at=None if at is None else ",".join(_words(at)),

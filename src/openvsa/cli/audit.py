@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from openvsa.config import Budget
 from openvsa.errors import OpenVSAError, require
 
 if TYPE_CHECKING:
     from openvsa.evaluate.audit_figures import AuditFigures
+    from openvsa.integrations.config import SparsityConfig
 
 __all__ = ["run_audit"]
 
@@ -34,7 +34,8 @@ def run_audit(
     scene: str | None,
     image: Path | None,
     sizes: Mapping[str, int | None],
-    density: float,
+    density: float | None,
+    config: str | None,
     seed: int,
     steps: int,
     at: str | None,
@@ -52,6 +53,8 @@ def run_audit(
         prompt, sizes: for a Diffusers pipeline: the text, and `height`, `width` and `num_frames`.
         scene: for the other two: the scene to continue.
         image: for all: a picture to continue. Not every pipeline takes one.
+        density: the share of the tiles to keep, 1/8 by default.
+        config: settings instead of it: a file or a preset's name.
         out: see `write_audit`.
 
     Raises:
@@ -60,20 +63,23 @@ def run_audit(
     for package in _PACKAGES:
         require(package, extra="demo")
     from openvsa.cli.generate import is_clip_model
-    from openvsa.cli.generate_pair import available, check_numbers, describe, versions
+    from openvsa.cli.generate_pair import available, check_numbers, describe, sparsity, versions
     from openvsa.evaluate import check_output_folder
     from openvsa.evaluate.audit import Audit
+    from openvsa.evaluate.audit_config import check_table
     from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings
     from openvsa.evaluate.audit_page import page_of, write_audit
     from openvsa.evaluate.files import atomic_path
 
-    Budget(keep_ratio=density)
     check_numbers(seed, steps)
+    settled = sparsity(0.125 if density is None and config is None else density, config, steps)
     if query_blocks < 1:
         raise OpenVSAError(f"--query-blocks must be at least 1, got {query_blocks}")
     if by not in ("head", "layer"):
         raise OpenVSAError(f"--by must be head or layer, got {by!r}")
-    audited = _audited(at, steps)
+    audited = _audited(at, steps, settled)
+    if budget is not None:
+        check_table(settled)
     where = available(device)
     if model is None or is_clip_model(model):
         subject = _own(model, scene, prompt, image, sizes, seed, where)
@@ -87,8 +93,9 @@ def run_audit(
         check_output_folder(budget.parent)
 
     options = subject.options | {
-        "--density": density, "--seed": seed, "--steps": steps, "--at": ",".join(map(str, audited)),
-        "--query-blocks": query_blocks, "--by": by, "--device": device, "--out": out, "--budget": budget,
+        "--config": config, "--density": None if config else settled.density, "--seed": seed, "--steps": steps,
+        "--at": ",".join(map(str, audited)), "--query-blocks": query_blocks, "--by": by, "--device": device,
+        "--out": out, "--budget": budget,
     }  # fmt: skip
     words = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
     console = console or Console()
@@ -102,7 +109,7 @@ def run_audit(
             return lambda: progress.update(task, advance=1, refresh=True)
 
         audit = Audit(
-            subject.pipe, subject.make_clip, density=density, steps=steps, audited=audited, query_blocks=query_blocks,
+            subject.pipe, subject.make_clip, config=settled, steps=steps, audited=audited, query_blocks=query_blocks,
             by=by, on_progress=bar,
         )  # fmt: skip
         found = audit.run(with_table=budget is not None)
@@ -113,7 +120,7 @@ def run_audit(
         command=shlex.join(["openvsa", "audit", *([model] if model else []), *words]),
         seed=seed,
         steps=steps,
-        density=density,
+        density=settled.base.keep_ratio,
         grid=layout.grid,
         tile=layout.tile,
         num_tiles=layout.num_tiles,
@@ -121,10 +128,12 @@ def run_audit(
         device=describe(where),
         threads=torch.get_num_threads(),
         versions=versions(),
+        config=settled,
+        branch=found.branch,
     )
     figures = AuditFigures(
         settings, found.calls, found.forwards, found.dense, found.sparse, found.dense_forward, found.times,
-        found.table, found.budgeted,
+        found.table, found.budgeted, found.dense_steps, found.dense_calls,
     )  # fmt: skip
     page = write_audit(figures, out, clip=found.sparse_clip, attention=found.attention)
     if budget is not None and found.table is not None:
@@ -198,28 +207,36 @@ def _diffusers(
     return _Subject(pipe, make_clip, shorten(prompt or "", 90), options | {"--frames": sizes["num_frames"]})
 
 
-def _audited(at: str | None, steps: int) -> tuple[int, ...]:
-    """The steps to look at: three, spread over the generation, if none are named."""
+def _audited(at: str | None, steps: int, config: SparsityConfig) -> tuple[int, ...]:
+    """The steps to look at: three, spread over those that are sparse, if none are named."""
+    from openvsa.evaluate.audit_config import which_steps
+
     if at is None:
-        return tuple(sorted({steps // 6, steps // 2, 5 * steps // 6}))
+        return which_steps(config, steps)
     try:
         found = tuple(sorted({int(word) for word in at.split(",")}))
     except ValueError:
         raise OpenVSAError(f"--at takes steps with commas between, such as 1,4,6; got {at!r}") from None
     if not 0 <= found[0] <= found[-1] < steps:
         raise OpenVSAError(f"--at must name steps in 0..{steps - 1}, got {at}")
-    return found
+    return which_steps(config, steps, found)
 
 
 def _summary(figures: AuditFigures, page: Path, budget: Path | None) -> str:
     sparse, dense = figures.sparse, figures.dense
     lines = [
-        f"recall     {figures.recall:.1%} of attention on {sparse.density:.1%} of the pairs; at best it would be "
+        f"recall     {figures.recall:.1%} of attention on {figures.density:.1%} of the pairs; at best it would be "
         f"{figures.oracle_recall:.1%}",
         f"likeness   {sparse.quality}",
         f"in all     {dense.total_seconds:.1f} s -> {sparse.time.total_seconds:.1f} s, and no faster than "
         f"{figures.ceiling:.2f}x at any density",
     ]
+    if figures.dense_steps or figures.dense_calls:
+        steps, layers = len(figures.dense_steps), len(figures.dense_layers)
+        lines.append(
+            f"dense      {steps} of {figures.settings.steps} steps and {layers} of {len(figures.layers)} layers; with "
+            f"them {sparse.density:.1%} of all pairs were computed"
+        )
     if figures.budgeted is not None:
         ours = figures.budgeted
         lines.append(f"table      {ours.quality} at density {ours.density:.1%}, in {budget}")

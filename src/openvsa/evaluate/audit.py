@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,16 +14,20 @@ from torch import Tensor, nn
 
 from openvsa.config import Budget
 from openvsa.errors import OpenVSAError
-from openvsa.evaluate.audit_attention import audit_call
+from openvsa.evaluate.audit_attention import CallFigures, audit_plans
 from openvsa.evaluate.audit_budget import Curve, allocate, between
-from openvsa.evaluate.audit_figures import CallAudit, ForwardAudit, SparseRun, TimedDensity
+from openvsa.evaluate.audit_config import at_step, check_table, dense_steps, uniform, which_steps
+from openvsa.evaluate.audit_figures import CallAudit, DenseCall, ForwardAudit, SparseRun, TimedDensity
 from openvsa.evaluate.comparison import PassTime
 from openvsa.evaluate.quality import compare_clips
 from openvsa.evaluate.recorder import AttentionRecord, AttentionRecorder
+from openvsa.integrations.checkpoint import BRANCH
+from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.diffusers import SparseHandle, observe, sparsify
-from openvsa.integrations.report import AttentionEvent
+from openvsa.integrations.report import AttentionEvent, SparsityReport
 from openvsa.layout import TileLayout
-from openvsa.select import BudgetTable, PooledTopK
+from openvsa.layout.shelf import kept_layout
+from openvsa.select import BudgetTable, select_by_head
 
 __all__ = ["CURVE", "LENGTHS", "Audit", "MakeClip", "Measured", "curves_of"]
 
@@ -39,9 +44,12 @@ Diffusers), with the same noise in every call."""
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What an audit found, before it is made into figures."""
+    """What an audit found, before it is made into figures. branch: see AuditSettings."""
 
     layout: TileLayout
+    branch: bool
+    dense_steps: Mapping[int, str]
+    dense_calls: tuple[DenseCall, ...]
     calls: tuple[CallAudit, ...]
     forwards: tuple[ForwardAudit, ...]
     dense: PassTime
@@ -73,25 +81,27 @@ class Audit:
     """Audits a model that makes clips.
 
     One dense generation keeps the inputs of one forward in each audited step (the first of the step, which under
-    guidance is one of two). Each is then run again: densely, measuring every layer on the inputs that dense attention
-    gives it; sparsely, for the picture and the change of the prediction; and for a table sparsely but for one head at a
-    time. A sparse generation gives the change of the clip. So the error of a layer is its own, and what errors do to
-    each other shows in the prediction and in the clip.
+    guidance is one of two). Each is then run again: sparsely, for the picture and the change of the prediction;
+    densely, measuring every layer that is sparse on the inputs that dense attention gives it; and for a table sparsely
+    but for one head at a time. A sparse generation gives the change of the clip. So the error of a layer is its own,
+    and what errors do to each other shows in the prediction and in the clip.
+
+    Weights that were trained with a compressed branch are another model without it: what all is compared with is then
+    attention over all tiles with the branch, and attention without it, in one more generation, for times alone.
 
     Args:
         pipe: a pipeline that `sparsify` supports.
         make_clip: see MakeClip.
-        density: share of the tiles to keep.
+        config: the settings to audit. Forwards that are run alone make plans of their own, whatever its reuse_steps.
         steps: denoising steps of a generation.
-        audited: the steps to look at, from 0.
-        tile: as in `sparsify`.
+        audited: the steps to look at, from 0; none that the settings leave dense.
         query_blocks: blocks of queries to look at in a call, evenly spread.
         by: "head" or "layer": for a table, what is made dense at a time; heads take as many forwards as there are heads
             in the model, times the audited steps.
         on_progress: called with what begins and in how many parts; what it returns is called after each part.
 
     Raises:
-        OpenVSAError: an audited step does not exist.
+        OpenVSAError: an audited step does not exist, or stays dense.
     """
 
     def __init__(
@@ -99,39 +109,45 @@ class Audit:
         pipe: Any,
         make_clip: MakeClip,
         *,
-        density: float,
+        config: SparsityConfig,
         steps: int,
         audited: Collection[int],
-        tile: tuple[int, ...] | None = None,
         query_blocks: int = 64,
         by: str = "head",
         on_progress: Callable[[str, int], Callable[[], None]] = lambda *_: lambda: None,
     ) -> None:
-        wrong = [step for step in audited if not 0 <= step < steps]
-        if wrong or not audited:
-            raise OpenVSAError(f"audited steps must be in 0..{steps - 1} and at least one, got {sorted(audited)}")
         if by not in ("head", "layer"):
             raise OpenVSAError(f"by must be 'head' or 'layer', got {by!r}")
         self._pipe, self._make_clip, self._by = pipe, make_clip, by
-        self._density, self._steps, self._audited = density, steps, frozenset(audited)
-        self._tile, self._query_blocks, self._on_progress = tile, query_blocks, on_progress
+        self._config, self._steps, self._audited = config, steps, which_steps(config, steps, audited)
+        self._query_blocks, self._on_progress = query_blocks, on_progress
+        transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+        modules = [module for one in transformers if one is not None for module in one.modules()]
+        self._branch = any(hasattr(module, BRANCH) for module in modules)
 
     def run(self, *, with_table: bool) -> Measured:
-        """Everything. `with_table` also makes a budget table and generates with it."""
+        """Everything. `with_table` also makes a budget table and generates with it.
+
+        Raises:
+            OpenVSAError: the settings do not fit the model, or leave every layer dense in the audited steps; or as in
+                `check_table`.
+        """
+        if with_table:
+            check_table(self._config)
+        with sparsify(self._pipe, config=self._config):
+            pass  # settings that do not fit the model are refused before it works
         forwards: list[_Forward] = []
         moves: dict[int, float] = {}
-        dense_clip, dense_latents, dense_time, _ = self._generate("full attention", observe, forwards, moves)
+        dense_clip, dense_latents, dense_time, _ = self._generate("full attention", self._full, forwards, moves)
+        if self._branch:
+            dense_time = self._generate("without branch", self._observe)[2]
         moved = [moves.get(forward.step, moves.get(forward.step + 1, 1.0)) for forward in forwards]
-        predictions, calls, layout = self._measure(forwards)
         recorder = AttentionRecorder(range(len(forwards)), max_heads=4, max_bytes=2 << 20)
-        done = self._on_progress("sparse forwards", len(forwards))
-        errors = []
-        for forward, prediction in zip(forwards, predictions, strict=True):
-            with self._sparse() as handle:
-                handle.on_attention(recorder)
-                errors.append(_relative(forward(), prediction))
-            done()
-        dense_forward, times = self._times(forwards[0])
+        changed, why_dense = self._sparse_forwards(forwards, recorder)
+        predictions, calls, dense_calls, layout = self._measure(forwards, why_dense)
+        errors = [_relative(ours, prediction) for ours, prediction in zip(changed, predictions, strict=True)]
+        near = self._config.base.keep_ratio or fmean(share for call in calls for share in call.figures.density)
+        dense_forward, times = self._times(forwards[0], near)
 
         table, gains, with_budget = None, [{} for _ in forwards], [None] * len(forwards)
         if with_table:
@@ -139,15 +155,23 @@ class Audit:
             harms = [(error * move) ** 2 for error, move in zip(errors, moved, strict=True)]
             table, with_budget = self._table(forwards, predictions, errors, harms, calls, gains, layout)
 
-        def sparse_run(name: str, budget: BudgetTable | None) -> tuple[SparseRun, Tensor]:
-            clip, latents, taken, delivered = self._generate(name, lambda _: self._sparse(budget))
-            error = _relative(latents, dense_latents)
-            return SparseRun(delivered, taken, compare_clips(clip, dense_clip), error), clip
+        def sparse_run(name: str, config: SparsityConfig) -> tuple[SparseRun, Tensor]:
+            # Warmed up is what is sparse: the first steps may be dense.
+            warm = replace(config, dense_first_steps=0, dense_last_steps=0)
+            clip, latents, taken, report = self._generate(
+                name, lambda pipe: sparsify(pipe, config=config), warm=lambda pipe: sparsify(pipe, config=warm)
+            )
+            error, quality = _relative(latents, dense_latents), compare_clips(clip, dense_clip)
+            asked, kept = report.requested_density, report.delivered_density
+            return SparseRun(report.executed_density, taken, quality, error, asked, kept), clip
 
-        sparse, sparse_clip = sparse_run("sparse attention", None)
-        budgeted = sparse_run("with the table", table)[0] if table else None
+        sparse, sparse_clip = sparse_run("sparse attention", self._config)
+        budgeted = sparse_run("with the table", replace(self._config, layers=table.layers))[0] if table else None
         return Measured(
             layout,
+            self._branch,
+            dense_steps(self._config, self._steps),
+            tuple(dense_calls),
             tuple(calls),
             tuple(
                 ForwardAudit(forward.step, error, move, only, ours)
@@ -165,10 +189,12 @@ class Audit:
 
     # -- generations --------------------------------------------------------------------------------------------
 
-    def _sparse(self, table: BudgetTable | None = None) -> SparseHandle:
-        if table is None:
-            return sparsify(self._pipe, self._density, tile=self._tile, min_tokens=0)
-        return sparsify(self._pipe, budget=table, tile=self._tile, min_tokens=0)
+    def _full(self, pipe: Any) -> SparseHandle:
+        """What sparse attention is compared with."""
+        return sparsify(pipe, config=uniform(self._config, 1.0)) if self._branch else self._observe(pipe)
+
+    def _observe(self, pipe: Any) -> SparseHandle:
+        return observe(pipe, tile=self._config.tile)
 
     def _generate(
         self,
@@ -176,9 +202,10 @@ class Audit:
         attach: Callable[[Any], SparseHandle],
         forwards: list[_Forward] | None = None,
         moves: dict[int, float] | None = None,
-    ) -> tuple[Tensor, Tensor, PassTime, float]:
-        """A clip, its final latents, its time and the delivered density; keeps the audited forwards if asked to, and
-        how far the latents move in each step but the first, before which they are not told.
+        warm: Callable[[Any], SparseHandle] | None = None,
+    ) -> tuple[Tensor, Tensor, PassTime, SparsityReport]:
+        """A clip, its final latents, its time and what attention did; keeps the audited forwards if asked to, and how
+        far the latents move in each step but the first, before which they are not told.
 
         A short untimed generation first, because the first use of every kernel and buffer is slower than the rest. It
         has two steps, as the schedule of Mochi cannot have one.
@@ -194,7 +221,7 @@ class Audit:
             done()
             return tensors
 
-        with attach(self._pipe):
+        with (warm or attach)(self._pipe):
             self._make_clip(
                 num_inference_steps=min(2, self._steps), callback_on_step_end=lambda _, __, ___, tensors: tensors
             )
@@ -206,7 +233,7 @@ class Audit:
         if last["latents"] is None:
             raise OpenVSAError(f"{type(self._pipe).__name__} did not call callback_on_step_end, which an audit needs")
         taken = PassTime(seconds, report.attention_seconds)
-        return clip, last["latents"].float(), taken, report.executed_density
+        return clip, last["latents"].float(), taken, report
 
     @contextmanager
     def _keep(self, forwards: list[_Forward] | None, last: dict[str, Any]) -> Iterator[None]:
@@ -235,49 +262,94 @@ class Audit:
 
     # -- forwards -----------------------------------------------------------------------------------------------
 
-    def _measure(self, forwards: Sequence[_Forward]) -> tuple[list[Tensor], list[CallAudit], TileLayout]:
+    def _sparse_forwards(
+        self, forwards: Sequence[_Forward], recorder: AttentionRecorder
+    ) -> tuple[list[Tensor], list[dict[int, str]]]:
+        """The sparse prediction of every forward, and in it layer -> why it stays dense, of those that do."""
+        predictions: list[Tensor] = []
+        why_dense: list[dict[int, str]] = []
+        done = self._on_progress("sparse forwards", len(forwards))
+        for forward in forwards:
+            with sparsify(self._pipe, config=at_step(self._config, forward.step)) as handle:
+                handle.on_attention(recorder)
+                predictions.append(forward())
+                layers = handle.report().layers
+            why_dense.append({layer.layer: layer.why_dense for layer in layers if not layer.sparse_calls})
+            done()
+        return predictions, why_dense
+
+    def _measure(
+        self, forwards: Sequence[_Forward], why_dense: Sequence[Mapping[int, str]]
+    ) -> tuple[list[Tensor], list[CallAudit], list[DenseCall], TileLayout]:
         """The dense prediction of every forward, and every layer in it."""
         predictions: list[Tensor] = []
         calls: list[CallAudit] = []
+        dense: list[DenseCall] = []
         layouts: set[TileLayout] = set()
         done = self._on_progress("layers", len(forwards))
-        selector, budget = PooledTopK(), Budget(keep_ratio=self._density)
-        densities = sorted({*CURVE, self._density / 2, self._density})
-        for forward in forwards:
+        for forward, why in zip(forwards, why_dense, strict=True):
             seen: set[int] = set()
 
-            def look(event: AttentionEvent, step: int = forward.step, seen: set[int] = seen) -> None:
+            def look(
+                event: AttentionEvent, step: int = forward.step, seen: set[int] = seen, why: Mapping[int, str] = why
+            ) -> None:
                 if event.layer in seen:  # a further sample, where samples differ in their text
                     return
                 seen.add(event.layer)
-                figures = audit_call(
-                    event.q, event.k, event.v, event.layout, selector, budget,
-                    densities=densities, max_rows=self._query_blocks,
-                )  # fmt: skip
-                layouts.add(event.layout)
+                if event.layer in why:
+                    # The forward that was run alone took its step for the first one.
+                    said = self._config.at(event.name, step, self._steps, event.layout.num_tokens)
+                    reason = said if isinstance(said, str) else why[event.layer]
+                    dense.append(DenseCall(step, event.layer, event.name, reason))
+                    return
+                layout, figures = self._look_at(event, at_step(self._config, step))
+                layouts.add(layout)
                 calls.append(CallAudit(step, event.timestep, event.layer, event.name, figures))
 
-            with observe(self._pipe, tile=self._tile) as handle:
+            with self._full(self._pipe) as handle:
                 handle.on_attention(look)
                 predictions.append(forward())
             done()
+        if dense and not calls:
+            raise OpenVSAError(
+                f"every layer stays dense in the steps looked at, such as {dense[0].name} ({dense[0].why}), so that "
+                "there is nothing to audit; change the settings"
+            )
         if not layouts:
             raise OpenVSAError(f"no self-attention of {type(self._pipe).__name__} could be looked at")
         if len(layouts) != 1:
             raise OpenVSAError(f"an audit is of one lattice, got {len(layouts)}: {sorted(map(str, layouts))}")
-        return predictions, calls, layouts.pop()
+        return predictions, calls, dense, layouts.pop()
 
-    def _times(self, forward: _Forward) -> tuple[float, tuple[TimedDensity, ...]]:
-        """Attention seconds of one forward: dense, and at densities around the one asked for and up to 1."""
-        shares = sorted({self._density / 2, self._density, min(1.0, 2 * self._density), 1.0})
+    def _look_at(self, event: AttentionEvent, config: SparsityConfig) -> tuple[TileLayout, CallFigures]:
+        """What the settings of a step do in one call, and the layout that they do it in."""
+        shown, q, k, v = event.layout, event.q[:1], event.k[:1], event.v[:1]
+        layout = kept_layout(shown.grid, config.tile, config.q_tiles, shown.prefix, shown.suffix, q.device)
+        if layout != shown:  # tiles that choose together are neighbours in block order
+            q, k, v = (layout.permute(shown.unpermute(x)) for x in (q, k, v))
+        budget = config.at(event.name, 0, None, layout.num_tokens)
+        assert not isinstance(budget, str), budget
+        budgets = budget if isinstance(budget, tuple) else (budget,) * q.shape[2]
+        plan = select_by_head(config.selector, q, k, layout, budgets)
+        share = config.base.keep_ratio
+        curve = {}
+        for density in sorted({*CURVE, share / 2, share} if share else CURVE):
+            there = uniform(config, density)
+            curve[density] = there.selector(q, k, layout, there.base)
+        return layout, audit_plans(q, k, v, layout, plan, curve, max_rows=self._query_blocks)
+
+    def _times(self, forward: _Forward, near: float) -> tuple[float, tuple[TimedDensity, ...]]:
+        """Attention seconds of one forward: dense, and with all layers sparse at densities near this one and up to
+        1."""
+        shares = sorted({near / 2, near, min(1.0, 2 * near), 1.0})
         done = self._on_progress("times", 1 + len(shares))
-        with observe(self._pipe, tile=self._tile) as handle:
+        with self._observe(self._pipe) as handle:
             forward()
             dense = handle.report().attention_seconds
         done()
         times = []
         for share in shares:
-            with sparsify(self._pipe, share, tile=self._tile, min_tokens=0) as handle:
+            with sparsify(self._pipe, config=uniform(self._config, share)) as handle:
                 forward()
                 report = handle.report()
             times.append(TimedDensity(report.executed_density, report.attention_seconds))
@@ -294,7 +366,7 @@ class Audit:
         calls: Sequence[CallAudit],
     ) -> list[dict[str, tuple[float, ...]]]:
         """For every forward: see ForwardAudit.gains."""
-        heads = {call.name: len(call.figures.output) for call in calls}
+        heads, density = {call.name: len(call.figures.output) for call in calls}, self._density
         units = [
             [(call.name, head) for call in calls if call.step == forward.step for head in self._units(heads[call.name])]
             for forward in forwards
@@ -304,14 +376,23 @@ class Audit:
         for forward, prediction, error, here in zip(forwards, predictions, errors, units, strict=True):
             gains: dict[str, tuple[float, ...]] = {}
             for name, head in here:
-                shares = {other: [self._density] * count for other, count in heads.items()}
-                shares[name] = [1.0 if head in (None, at) else self._density for at in range(heads[name])]
-                with self._sparse(_table_of(self._density, shares)):
+                shares = {other: (density,) * count for other, count in heads.items()}
+                shares[name] = tuple(1.0 if head in (None, at) else density for at in range(heads[name]))
+                with self._with_layers(shares):
                     without = _relative(forward(), prediction)
                 gains[name] = (*gains.get(name, ()), 1 - (without / max(error, 1e-30)) ** 2)
                 done()
             found.append(gains)
         return found
+
+    @property
+    def _density(self) -> float:
+        """That of the table, whose settings have one."""
+        assert self._config.base.keep_ratio is not None
+        return self._config.base.keep_ratio
+
+    def _with_layers(self, layers: Mapping[str, tuple[float, ...]]) -> SparseHandle:
+        return sparsify(self._pipe, config=replace(self._config, layers=layers))
 
     def _units(self, heads: int) -> Sequence[int | None]:
         return range(heads) if self._by == "head" else (None,)
@@ -357,7 +438,7 @@ class Audit:
         done = self._on_progress("the table", len(LENGTHS))
         for length in LENGTHS:
             table = table_at(length)
-            with self._sparse(table):
+            with self._with_layers(table.layers):
                 found = [_relative(f(), p) for f, p in zip(forwards, predictions, strict=True)]
             if harm_of(found) < harm_of(best[1]):
                 best = table, found
@@ -409,10 +490,6 @@ def curves_of(
 
 def _blocks(share: float, num_tiles: int) -> int:
     return Budget(keep_ratio=share).blocks(num_tiles)
-
-
-def _table_of(density: float, shares: Mapping[str, Sequence[float]]) -> BudgetTable:
-    return BudgetTable(density, {name: tuple(heads) for name, heads in shares.items()})
 
 
 def _renumbered(record: AttentionRecord | None, steps: Sequence[int]) -> AttentionRecord | None:

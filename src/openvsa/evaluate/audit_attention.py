@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
 from openvsa.select import Selector
 
-__all__ = ["CallFigures", "CurvePoint", "audit_call", "exact_attention", "oracle_plan"]
+__all__ = ["CallFigures", "CurvePoint", "audit_call", "audit_plans", "exact_attention", "oracle_plan"]
 
 MAX_SCORES = 1 << 24
 """Probabilities that exist at a time: 64 MiB of fp32."""
@@ -60,7 +60,7 @@ def audit_call(
     densities: Sequence[float] = (),
     max_rows: int = 256,
 ) -> CallFigures:
-    """Measure one call, in fp32, on the inputs that dense attention had.
+    """Measure what a selector chooses in one call, in fp32, on the inputs that dense attention had.
 
     Args:
         q, k, v: [B, S, H, D] and [B, S, Hkv, D] in block order; only the first sample is looked at.
@@ -69,33 +69,44 @@ def audit_call(
             time that grows with rows x S, and memory is bounded whatever S is.
     """
     q, k, v = (x[:1].detach() for x in (q, k, v))
-    plans = {None: selector(q, k, layout, budget)}
-    plans |= {share: selector(q, k, layout, Budget(keep_ratio=share)) for share in sorted(densities)}
-    first = plans[None]
-    num_rows = first.q_blocks.num_blocks
+    curve = {share: selector(q, k, layout, Budget(keep_ratio=share)) for share in sorted(densities)}
+    return audit_plans(q, k, v, layout, selector(q, k, layout, budget), curve, max_rows=max_rows)
+
+
+@torch.no_grad()
+def audit_plans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TileLayout,
+    plan: BlockPlan,
+    curve: Mapping[float, BlockPlan],
+    *,
+    max_rows: int,
+) -> CallFigures:
+    """What `audit_call` measures, of plans that are there: q [1, S, H, D] and k, v [1, S, Hkv, D]; `curve` has one for
+    each density asked for, ascending, over the same query blocks as `plan`."""
+    num_rows = plan.q_blocks.num_blocks
     rows = [index * num_rows // min(num_rows, max_rows) for index in range(min(num_rows, max_rows))]
     if len(rows) < num_rows:
-        q = q[:, _tokens_of(first.q_blocks, rows, q.device)]
-        plans = {share: _rows_of(plan, rows) for share, plan in plans.items()}
-    first = plans[None]
+        q = q[:, _tokens_of(plan.q_blocks, rows, q.device)]
+        plan, curve = _rows_of(plan, rows), {share: _rows_of(one, rows) for share, one in curve.items()}
     q, k, v = q.float(), k.float(), v.float()
-    mass, dense = exact_attention(q, k, v, first.q_blocks, first.kv_blocks)
-    oracle = oracle_plan(mass, first, layout)
+    mass, dense = exact_attention(q, k, v, plan.q_blocks, plan.kv_blocks)
+    oracle = oracle_plan(mass, plan, layout)
 
     def error(plan: BlockPlan) -> tuple[float, ...]:
         return _per_head((block_sparse_attention(q, k, v, plan) - dense).square().sum((0, 1, 3)))
 
     heads = q.shape[2]
     return CallFigures(
-        density=_density(first, heads),
-        recall=_recall(mass, first),
+        density=_density(plan, heads),
+        recall=_recall(mass, plan),
         oracle_recall=_recall(mass, oracle),
         output=_per_head(dense.square().sum((0, 1, 3))),
-        error=error(first),
+        error=error(plan),
         oracle_error=error(oracle),
-        curve=tuple(
-            CurvePoint(share, _density(plan, heads), error(plan)) for share, plan in plans.items() if share is not None
-        ),
+        curve=tuple(CurvePoint(share, _density(one, heads), error(one)) for share, one in curve.items()),
     )
 
 

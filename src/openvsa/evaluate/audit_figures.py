@@ -5,29 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from openvsa.evaluate.audit_attention import CallFigures, CurvePoint
 from openvsa.evaluate.comparison import PassTime, finite_or_none
 from openvsa.evaluate.quality import Quality
+from openvsa.integrations.config import SparsityConfig
 from openvsa.select import BudgetTable
 
-__all__ = ["AuditFigures", "AuditSettings", "CallAudit", "ForwardAudit", "SparseRun", "TimedDensity"]
+__all__ = ["AuditFigures", "AuditSettings", "CallAudit", "DenseCall", "ForwardAudit", "SparseRun", "TimedDensity"]
 
 _VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSettings:
-    """What was audited and how. grid, tile: of the video, in tokens; query_blocks: looked at in each call."""
+    """What was audited and how.
+
+    density: the one asked for where no table says otherwise; None if the budget is no share. grid, tile: of the video,
+    in tokens. query_blocks: looked at in each call. config: the settings of the sparse generation; None in audits from
+    before they were recorded, which had a density alone. branch: the model has a compressed branch, which is part of
+    what is called full attention then.
+    """
 
     model: str
     subject: str
     command: str
     seed: int
     steps: int
-    density: float
+    density: float | None
     grid: tuple[int, ...]
     tile: tuple[int, ...]
     num_tiles: int
@@ -35,6 +42,18 @@ class AuditSettings:
     device: str
     threads: int
     versions: Mapping[str, str]
+    config: SparsityConfig | None = None
+    branch: bool = False
+
+
+@dataclass(frozen=True)
+class DenseCall:
+    """A layer that the settings leave dense in a step that was looked at, and why, in words."""
+
+    step: int
+    layer: int
+    name: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -67,11 +86,11 @@ class CallAudit:
 class ForwardAudit:
     """One forward of the transformer, repeated with its own inputs.
 
-    error: norm of the change of its prediction over the norm of the prediction, all layers sparse at the uniform
-    density. moved: norm of the way that the latents go in this step (of the first, which no pipeline tells, that of the
-    second). gains: layer -> for each head, the share of the squared change that vanishes when this head alone is made
-    dense (below 0 if it grows); one entry for the whole layer if layers were measured; empty unless a table was asked
-    for. budgeted: the same as `error` with the table.
+    error: norm of the change of its prediction over the norm of the prediction, sparse as the settings say. moved: norm
+    of the way that the latents go in this step (of the first, which no pipeline tells, that of the second). gains:
+    layer -> for each head, the share of the squared change that vanishes when this head alone is made dense (below 0 if
+    it grows); one entry for the whole layer if layers were measured; empty unless a table was asked for. budgeted: the
+    same as `error` with the table.
     """
 
     step: int
@@ -85,14 +104,18 @@ class ForwardAudit:
 class SparseRun:
     """One sparse generation against the dense one from the same noise.
 
-    density: delivered, mean over layers and calls. latents_error: norm of the change of the final latents over their
-    norm.
+    density: executed, the share of all pairs of tokens that was computed, mean over layers and calls, the dense ones
+    included. latents_error: norm of the change of the final latents over their norm. requested, delivered: what was
+    asked of the sparse calls and what their plans keep, means over them; None where the budget is no share, and in
+    audits from before they were recorded.
     """
 
     density: float
     time: PassTime
     quality: Quality
     latents_error: float
+    requested: float | None = None
+    delivered: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +128,10 @@ class TimedDensity:
 
 @dataclass(frozen=True)
 class AuditFigures:
-    """All numbers of an audit. times: one forward at several densities; dense_forward: its dense attention, seconds."""
+    """All numbers of an audit. times: one forward at several densities; dense_forward: its dense attention, seconds.
+    dense_steps: steps of the generation in which every layer stays dense -> why. dense_calls: layers that do in the
+    steps that were looked at. Neither is among `calls`.
+    """
 
     settings: AuditSettings
     calls: tuple[CallAudit, ...]
@@ -116,11 +142,20 @@ class AuditFigures:
     times: tuple[TimedDensity, ...]
     table: BudgetTable | None
     budgeted: SparseRun | None
+    dense_steps: Mapping[int, str] = field(default_factory=dict)
+    dense_calls: tuple[DenseCall, ...] = ()
 
     @property
     def layers(self) -> dict[int, str]:
-        """Layer -> name."""
-        return {call.layer: call.name for call in sorted(self.calls, key=lambda call: call.layer)}
+        """Layer -> name, those that stay dense included."""
+        names = {call.layer: call.name for call in (*self.calls, *self.dense_calls)}
+        return dict(sorted(names.items()))
+
+    @property
+    def dense_layers(self) -> dict[int, str]:
+        """Layer -> why, of those that stay dense in every step that was looked at."""
+        sparse = {call.layer for call in self.calls}
+        return {call.layer: call.why for call in self.dense_calls if call.layer not in sparse}
 
     @property
     def steps(self) -> dict[int, float]:
@@ -131,6 +166,11 @@ class AuditFigures:
     def recall(self) -> float:
         """Share of the exact attention mass on kept blocks, mean over calls and heads."""
         return _mean([share for call in self.calls for share in call.figures.recall])
+
+    @property
+    def density(self) -> float:
+        """What that is compared with: the share of pairs of blocks that the plans keep, mean over calls and heads."""
+        return _mean([share for call in self.calls for share in call.figures.density])
 
     @property
     def oracle_recall(self) -> float:
@@ -188,7 +228,9 @@ class AuditFigures:
     def to_json(self) -> str:
         """Strict JSON, an infinite PSNR as null; what follows from the numbers is included for readers."""
         content = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("table", "settings")}
-        content = {"version": _VERSION, "settings": asdict(self.settings)} | _plain(content)
+        settings = asdict(replace(self.settings, config=None))
+        settings["config"] = self.settings.config.to_dict() if self.settings.config else None
+        content = {"version": _VERSION, "settings": settings} | _plain(content)
         content["table"] = json.loads(self.table.to_json()) if self.table else None
         for run in ("sparse", "budgeted"):
             if content[run]:
@@ -216,13 +258,15 @@ class AuditFigures:
         content = json.loads(text)
         settings = content["settings"]
         settings |= {name: tuple(settings[name]) for name in ("grid", "tile")}
+        if settings.get("config"):
+            settings["config"] = SparsityConfig.from_dict(settings["config"])
 
         def run(found: dict[str, Any] | None) -> SparseRun | None:
             if found is None:
                 return None
             psnr = tuple(math.inf if value is None else value for value in found["quality"]["psnr"])
             quality = Quality(psnr, tuple(found["quality"]["ssim"]), tuple(found["quality"].get("vif", ())))
-            return SparseRun(found["density"], PassTime(**found["time"]), quality, found["latents_error"])
+            return SparseRun(**(found | {"time": PassTime(**found["time"]), "quality": quality}))
 
         def figures(found: dict[str, Any]) -> CallFigures:
             curve = (CurvePoint(p["asked"], tuple(p["density"]), tuple(p["error"])) for p in found["curve"])
@@ -243,6 +287,8 @@ class AuditFigures:
             tuple(TimedDensity(**at) for at in content["times"]),
             BudgetTable.from_json(json.dumps(content["table"])) if content["table"] else None,
             run(content["budgeted"]),
+            {int(step): why for step, why in content.get("dense_steps", {}).items()},
+            tuple(DenseCall(**call) for call in content.get("dense_calls", ())),
         )
 
 

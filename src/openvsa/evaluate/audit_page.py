@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,7 +22,8 @@ __all__ = ["Heatmap", "heatmaps", "page_of", "render_audit", "write_audit"]
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A table of shaded cells; shades are in [0, 1], where 1 is the worst of the table."""
+    """A table of shaded cells, None where a layer has no such head or step; shades are in [0, 1], where 1 is the worst
+    of the table."""
 
     key: str
     title: str
@@ -76,6 +78,7 @@ def render_audit(figures: AuditFigures, clip: Tensor | None, attention: Attentio
         figures=figures,
         settings=figures.settings,
         heatmaps=heatmaps(figures),
+        config=_described(figures),
         curve=_curve(figures),
         time_curve=_time_curve(figures),
         picture=picture,
@@ -84,22 +87,35 @@ def render_audit(figures: AuditFigures, clip: Tensor | None, attention: Attentio
     )
 
 
+def _described(figures: AuditFigures) -> str:
+    """The settings that are not as by default, in one line."""
+    config = figures.settings.config
+    values = {} if config is None else config.to_dict()
+    return "; ".join(f"{name} {json.dumps(value)}" for name, value in values.items())
+
+
 def heatmaps(figures: AuditFigures) -> list[Heatmap]:
-    """Layer by head, mean over the audited steps, and layer by step, all heads together."""
+    """Layer by head, mean over the audited steps, and layer by step, all heads together. What stays dense is called so,
+    and is no loss."""
     heads = max(len(call.figures.recall) for call in figures.calls)
     of_heads = tuple(f"head {head}" for head in range(heads))
     of_steps = tuple(f"step {step}" for step in figures.steps)
 
-    def by_head(value: Any) -> dict[int, list[float | None]]:
-        found: dict[int, list[float | None]] = {}
+    left_dense = {(call.layer, call.step): _DENSE for call in figures.dense_calls}
+
+    def by_head(value: Any) -> dict[int, list[float | str | None]]:
+        found: dict[int, list[float | str | None]] = {}
         for layer in figures.layers:
+            if layer in figures.dense_layers:
+                found[layer] = [_DENSE] * heads
+                continue
             calls = [value(call) for call in figures.calls if call.layer == layer]
             means = [sum(of_head) / len(calls) for of_head in zip(*calls, strict=True)]
             found[layer] = [*means, *[None] * (heads - len(means))]
         return found
 
-    def by_step(value: Any) -> dict[int, list[float | None]]:
-        at = {(call.layer, call.step): value(call) for call in figures.calls}
+    def by_step(value: Any) -> dict[int, list[float | str | None]]:
+        at = left_dense | {(call.layer, call.step): value(call) for call in figures.calls}
         return {layer: [at.get((layer, step)) for step in figures.steps] for layer in figures.layers}
 
     maps = [
@@ -125,8 +141,10 @@ def heatmaps(figures: AuditFigures) -> list[Heatmap]:
     ]  # fmt: skip
     table = figures.table
     if table:
-        values = {layer: list(table.layers.get(name, ())) for layer, name in figures.layers.items()}
-        padded = {layer: [*of_heads, *[None] * (heads - len(of_heads))] for layer, of_heads in values.items()}
+        padded: dict[int, list[float | str | None]] = {}
+        for layer, name in figures.layers.items():
+            shares = table.layers.get(name, ())
+            padded[layer] = [*shares, *[None] * (heads - len(shares))]
         maps.append(
             _heatmap(
                 "budget-head",
@@ -148,24 +166,25 @@ def _heatmap(
     about: str,
     figures: AuditFigures,
     columns: tuple[str, ...],
-    values: dict[int, list[float | None]],
+    values: dict[int, list[float | str | None]],
     *,
     least: float,
     worst_is_high: bool,
 ) -> Heatmap:
-    found = [value for row in values.values() for value in row if value is not None]
+    found = [value for row in values.values() for value in row if not isinstance(value, str | None)]
     worst = max(found) if worst_is_high else min(found)
     span = abs(worst - least) or 1.0
-    rows = tuple(
-        (
-            f"{layer} {name}",
-            tuple(None if v is None else (_percent(v), min(1.0, abs(v - least) / span)) for v in values[layer]),
-        )
-        for layer, name in figures.layers.items()
-    )
+
+    def cell(value: float | str | None) -> tuple[str, float] | None:
+        if value is None or isinstance(value, str):
+            return None if value is None else (value, 0.0)
+        return _percent(value), min(1.0, abs(value - least) / span)
+
+    rows = tuple((f"{layer} {name}", tuple(map(cell, values[layer]))) for layer, name in figures.layers.items())
     return Heatmap(key, title, about, columns, rows)
 
 
+_DENSE = "dense"
 _WIDTH, _HEIGHT = 600.0, 220.0
 
 
@@ -183,12 +202,12 @@ def _time_curve(figures: AuditFigures) -> dict[str, Any]:
     return _drawn(points, figures.settings.density, f"{_figure(top)} s", figures.dense_forward / top)
 
 
-def _drawn(points: list[tuple[float, float]], density: float, top: str, level: float | None) -> dict[str, Any]:
+def _drawn(points: list[tuple[float, float]], density: float | None, top: str, level: float | None) -> dict[str, Any]:
     place = [(round(_WIDTH * x, 1), round(_HEIGHT * (1 - y), 1)) for x, y in points]
     return {
         "points": place,
         "line": " ".join(f"{x},{y}" for x, y in place),
-        "density": round(_WIDTH * density, 1),
+        "density": None if density is None else round(_WIDTH * density, 1),
         "top": top,
         "level": None if level is None else round(_HEIGHT * (1 - level), 1),
     }
