@@ -26,7 +26,7 @@ from openvsa.layout import device as layout_device
 
 GPU = torch.device("cuda", 0)
 _aten = torch.ops.aten
-_MOST_VALUES = 1 << 20  # numbers of a tensor that has values
+_MOST_VALUES = 1 << 21  # numbers of a tensor that has values
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 # They enter the device of a tensor before they dispatch, which a torch without CUDA cannot do.
 _ENTERING = (
@@ -193,9 +193,12 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 @contextmanager
 def fake_gpu() -> Iterator[FakeGPU]:
-    """Inside, tensors that are made on `GPU` are of this one, an H200 as far as anyone asks."""
+    """Inside, tensors that are made on `GPU` are of this one, an H200 as far as anyone asks.
+
+    Without gradients, whose nodes enter the device, too: a torch without CUDA then ends the process.
+    """
     fakes = FakeTensorMode()
-    with pytest.MonkeyPatch.context() as patch, fakes, FakeGPU(fakes) as gpu, _Functions(fakes):
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), fakes, FakeGPU(fakes) as gpu, _Functions(fakes):
         patch.setattr(layout_device, "_capability", lambda index: (9, 0))
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         yield gpu

@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 # A layer takes a core some 0.04 seconds, of LTX-2 0.12: models that ran whole on a GPU, or differ from another one here
 # in their size alone, have fewer.
 FEWER = {
-    "wan-1.3b-720p": {"num_layers": 2}, "wan-14b-720p": {"num_layers": 2},
+    "wan-1.3b-720p": {"num_layers": 2}, "wan-14b-720p": {"num_layers": 2}, "wan2.2-5b-720p": {"num_layers": 2},
+    "wan-vace-1.3b-480p": {"num_layers": 4, "vace_layers": [0, 2]},
     "hunyuan-720p": {"num_layers": 2, "num_single_layers": 2}, "cogvideox-480p": {"num_layers": 2},
     "mochi-480p": {"num_layers": 3}, "cosmos-720p": {"num_layers": 2},
     "flux-2048": {"num_layers": 2, "num_single_layers": 2},
@@ -36,9 +37,8 @@ TEXT = {
     "mochi-480p": (0, 256), "flux-2048": (512, 0),
 }  # fmt: skip
 # GiB that a dense step took on an H200: benchmarks/results.
-MEASURED = {
-    "wan-1.3b-480p": 4.20, "wan-vace-1.3b-480p": 7.09, "hunyuan15-720p": 42.35, "ltx": 4.07, "kandinsky5-512p": 7.02,
-}  # fmt: skip
+MEASURED = {"wan-1.3b-480p": 4.20, "hunyuan15-720p": 42.35, "ltx": 4.07, "kandinsky5-512p": 7.02}
+SPARSE = SparsityConfig(density=0.1, min_tokens=0, backend="triton")
 
 
 def build(case: ModelCase, gpu: FakeGPU) -> Any:
@@ -59,7 +59,6 @@ def block_names(model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@torch.no_grad()
 def test_a_step(name: str) -> None:
     case = CASES[name]
     with fake_gpu() as gpu:
@@ -68,8 +67,7 @@ def test_a_step(name: str) -> None:
         attentions = [attn for _, attn in family_of(model).attentions(model)]
         processors = [attn.processor for attn in attentions]
         expected, dense = gpu.watch(lambda: model(**given, return_dict=False)[0])
-        config = SparsityConfig(density=0.1, min_tokens=0, backend="triton")
-        with openvsa.sparsify(model, config=config):
+        with openvsa.sparsify(model, config=SPARSE):
             out, sparse = gpu.watch(lambda: model(**given, return_dict=False)[0])
         assert all(attn.processor is processor for attn, processor in zip(attentions, processors, strict=True))
         assert (out.shape, out.dtype, out.device) == (expected.shape, expected.dtype, GPU)
@@ -109,3 +107,28 @@ def test_a_step(name: str) -> None:
     assert sparse.peak <= 1.01 * dense.peak
     if name in MEASURED:
         assert dense.peak / 2**30 == pytest.approx(MEASURED[name], rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "suffixes"), [
+    ("hunyuan-720p", (100, 256)), ("hunyuan15-720p", (100 + 64 + 729, 256 + 64 + 729)), ("mochi-480p", (100, 256)),
+])  # fmt: skip
+def test_texts_of_two_lengths(name: str, suffixes: tuple[int, int]) -> None:
+    case = CASES[name]
+    case = replace(case, config={**case.config, "num_layers": 2})
+
+    def two_samples() -> dict[str, Any]:
+        given = case.arguments(model, CPU)
+        given = {key: x.repeat(2, *[1] * (x.dim() - 1)) if isinstance(x, Tensor) else x for key, x in given.items()}
+        given["encoder_attention_mask"][0, 100:] = 0
+        return given
+
+    with fake_gpu() as gpu:
+        model = build(case, gpu)
+        given = gpu.put(two_samples)
+        expected, _ = gpu.watch(lambda: model(**given, return_dict=False)[0])
+        with openvsa.sparsify(model, config=SPARSE):
+            out, sparse = gpu.watch(lambda: model(**given, return_dict=False)[0])
+        assert (out.shape, out.dtype, out.device) == (expected.shape, expected.dtype, GPU)
+    tokens = [math.prod(case.grid) + suffix for suffix in suffixes]
+    calls = [(layer, shapes[0][:2]) for layer, op, shapes in sparse.ops if op == "block_sparse_attention"]
+    assert calls == [(layer, (1, count)) for layer in block_names(model) for count in tokens]
