@@ -43,7 +43,8 @@ class LayerReport:
     requested_density: what the settings asked of the sparse calls, on average; None if they are no shares (top_k, say).
     delivered_density: what the plans of the sparse calls keep, as a share of block pairs.
     executed_density: what was computed in all calls, the dense ones included, as a share of pairs of tokens.
-    calls, sparse_calls: all of them, and those that were sparse. Both densities above are 1 if there was none.
+    calls, sparse_calls: all of them, and those that were sparse. The first two densities are 1 if there was none. Mochi
+        calls attention once for each sample, and gradient checkpointing once more in the backward pass.
     attention_seconds: of attention alone.
     why_dense: of the last call that was dense; empty if there was none, or nothing was to be sparse.
     """

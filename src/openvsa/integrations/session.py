@@ -181,7 +181,8 @@ class Session:
                     self._tell(processor, one.layout, None, *mine, seconds=seconds)
             return out
 
-        outs = []
+        outs: list[Tensor] = []
+        plans: list[tuple[float, BlockPlan]] = []
         for number, one in enumerate(parts):
             place = index if forward.sequence.per_sample else number
             mine_q, mine_k, mine_v = (one.samples(x) for x in (q, k, v))
@@ -192,14 +193,15 @@ class Session:
             )
             if clock is not None:
                 clock.stop()
-                tally = self._tally(processor, one.layout)
-                tally.count(plan, budget)
-                tally.time(clock)
+                plans.append((1.0 if one.rows is None else len(one.rows) / len(query), plan))
+                self._tally(processor, one.layout).time(clock)
                 if self.callbacks:
                     self._tell(processor, one.layout, plan, *blocks, seconds=clock.seconds())
             if out.shape[1] < q.shape[1]:  # rows of padded text: nobody reads them
                 out = functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1]))
             outs.append(out)
+        if watching:
+            self._tally(processor, parts[-1].layout).count(plans, budget)
         if len(outs) == 1:
             return outs[0].transpose(1, 2)
         rows = torch.cat([one.rows for one in parts if one.rows is not None])

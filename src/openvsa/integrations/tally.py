@@ -62,7 +62,8 @@ class Tally:
         self.why_dense = why
         self.executed = self.executed + 1.0
 
-    def count(self, plan: BlockPlan, budget: Budget | tuple[Budget, ...]) -> None:
+    def count(self, plans: list[tuple[float, BlockPlan]], budget: Budget | tuple[Budget, ...]) -> None:
+        """A call, by the plans of its samples, each with the share of them that it is for."""
         self.calls += 1
         self.sparse_calls += 1
         budgets = budget if isinstance(budget, tuple) else (budget,)
@@ -71,9 +72,10 @@ class Tally:
             self.requested = None
         else:
             self.requested += sum(share for share in shares if share is not None) / len(shares)
-        delivered = plan.kv_num_blocks.mean(dtype=torch.float32) / plan.kv_blocks.num_blocks
-        self.delivered = self.delivered + delivered
-        self.executed = self.executed + (delivered if _all_alike(plan) else _pairs_share(plan))
+        for samples, plan in plans:
+            delivered = plan.kv_num_blocks.mean(dtype=torch.float32) / plan.kv_blocks.num_blocks
+            self.delivered = self.delivered + samples * delivered
+            self.executed = self.executed + samples * (delivered if _all_alike(plan) else _pairs_share(plan))
 
     def time(self, clock: Clock) -> None:
         if clock.events:

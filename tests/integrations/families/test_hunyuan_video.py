@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import openvsa
 from joint_family import JointFamilyTests, check_hoist, close, perturbed, run
-from openvsa import UnsupportedError
+from openvsa import SparsityConfig, UnsupportedError
 from openvsa.integrations.families import family_of
 
 TEXT = 11
@@ -167,3 +167,17 @@ def test_a_block_of_one_graph_that_is_refused_says_where_to_read_why() -> None:
     last.compile(backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True, and the error says why"):
         run(model, inputs)
+
+
+def test_samples_of_several_text_lengths_are_one_call_of_the_report() -> None:
+    model, few, many = build(), call((3, 4, 6), (4, 4)), call((3, 4, 6), (TEXT, TEXT))
+    mixed, layers = call((3, 4, 6), (4, TEXT, TEXT, TEXT)), []
+    for inputs in (few, many, mixed):
+        with openvsa.sparsify(model, config=SparsityConfig(density=0.2, tile=(1, 2, 2), dense_first_steps=1)) as handle:
+            for level in (900.0, 500.0):
+                run(model, {**inputs, "timestep": torch.full_like(inputs["timestep"], level)})
+            layers.append(handle.report().layers[0])
+    assert {(layer.calls, layer.sparse_calls, layer.requested_density) for layer in layers} == {(2, 1, 0.2)}
+    short, long, both = ((layer.delivered_density, layer.executed_density) for layer in layers)
+    assert abs(short[0] - long[0]) > 0.01
+    assert both == pytest.approx([0.25 * one + 0.75 * other for one, other in zip(short, long, strict=True)])
