@@ -35,8 +35,9 @@ WRONG = {
     "budget": (["--budget", "/proc/nowhere/table.json"], "cannot write to the output folder '/proc/nowhere'"),
     "config": (["--config", "moon"], "--config moon is no file, and no preset; presets are wan, "),
     "config-and-density": (["--config", "wan", "--density", "0.5"], "leave out --density, or --config"),
-    "config-at": (["--config", "wan", "--at", "1,4"], r"step 1 stays dense \(dense_first_steps is 2\)"),
-    "config-budget": (["--config", "wan", "--budget", "t.json"], "would lose dense_first_steps, dense_layers of these"),
+    # Even before a model is looked for.
+    "config-at": (["no-such", "--config", "wan", "--at", "1,4"], r"step 1 stays dense \(dense_first_steps is 2\)"),
+    "config-budget": (["no-such", "--config", "wan", "--budget", "t.json"], "would lose dense_first_steps"),
     "model": (["no-such-folder/at/all"], "no-such-folder/at/all"),
 }
 
