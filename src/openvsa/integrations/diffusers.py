@@ -195,7 +195,10 @@ class SparseHandle:
         self.config = dataclasses.replace(self.config, density=None, budget=value)
 
     def on_attention(self, callback: AttentionCallback) -> None:
-        """Call `callback(event)` after every self-attention (see AttentionEvent). Waits for the device each time."""
+        """Call `callback(event)` after every self-attention (see AttentionEvent). Waits for the device each time.
+
+        The callback may set other settings, which hold from the next forward on, but neither run the model nor detach.
+        """
         self._session.callbacks.append(callback)
 
     def report(self) -> SparsityReport:
@@ -203,7 +206,12 @@ class SparseHandle:
         return SparsityReport(tuple(self._session.tallies[layer].report() for layer in sorted(self._session.tallies)))
 
     def detach(self) -> None:
-        """Give the model its own attention back, bit for bit. Doing so twice is harmless."""
+        """Give the model its own attention back, bit for bit. Doing so twice is harmless.
+
+        Raises:
+            OpenVSAError: an `on_attention` callback does so, in the middle of a forward.
+        """
+        self._session.check_not_telling("detach")
         while self._restore:
             self._restore.pop()()
         self._session.plans.clear()

@@ -202,6 +202,8 @@ def wrap(inner: Any, layer: int, name: str, family: Family, session: Session) ->
 
     Attention modules look at that signature and drop the arguments that it does not name.
     """
+    while isinstance(inner, SparseProcessor) and not inner.attached:  # kept by someone and put back after `detach`
+        inner = inner.inner
     if isinstance(inner, SparseProcessor):
         raise OpenVSAError(f"{name} is attached already: detach its handle first, or set that handle's density")
     if isinstance(inner, nn.Module):

@@ -75,6 +75,7 @@ class Session:
     forward: Forward | None = None
     clock: StepClock = field(default_factory=StepClock)
     plans: KeptPlans = field(default_factory=KeptPlans)
+    telling: bool = False  # callbacks are being called, in the middle of a forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         # Settings are copied. What has run stays behind: it may hold events of a GPU and tensors that know no copy.
@@ -340,5 +341,21 @@ class Session:
         event = AttentionEvent(
             processor.layer, processor.name, when, layout, plan, q.detach(), k.detach(), v.detach(), seconds
         )
-        for callback in self.callbacks:
-            callback(event)
+        self.telling = True
+        try:
+            for callback in self.callbacks:
+                callback(event)
+        finally:
+            self.telling = False
+
+    def check_not_telling(self, what: str) -> None:
+        """Refuse to `what` while callbacks are called.
+
+        Raises:
+            OpenVSAError: they are.
+        """
+        if self.telling:
+            raise OpenVSAError(
+                f"an on_attention callback cannot {what}: the forward that it is called from is not over, and its "
+                "tokens may be in tile order; do so after the forward"
+            )

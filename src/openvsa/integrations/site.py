@@ -91,6 +91,7 @@ class Site:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook of the transformer."""
         session = self.session
+        session.check_not_telling("run the model that it watches")
         if session.config is not None:
             check_visible("sparse attention")
         arguments = {**dict(zip(self.names[: len(args)], args[: len(self.names)], strict=True)), **kwargs}
