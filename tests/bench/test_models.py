@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo
 from torch.nn import functional
 
 from openvsa.bench import model_dense, model_run
@@ -23,6 +24,8 @@ from openvsa.bench.record import MODEL_SCHEMA, load
 from openvsa.config import Budget
 from openvsa.errors import OpenVSAError
 from openvsa.integrations.config import SparsityConfig
+from openvsa.integrations.diffusers import sparsify
+from openvsa.integrations.families import family_of
 
 CPU = torch.device("cpu")
 QUICK = ModelOptions(by_density([0.5, 0.25]), case_seconds=0.1)
@@ -270,6 +273,23 @@ def test_compiled_alone() -> None:
         found = measure_model(TINY[name], CPU, replace(QUICK, modes=("compiled",)), lambda text: None)
         assert found["passed"], found["failed"]
         assert {row["mode"] for row in found["rows"]} == {"attention", "kernel", "compiled"}
+
+
+# The blocks of Mochi break into several graphs: see its family's tests. Wan's are of one class.
+@pytest.mark.parametrize("name", [name for name in TINY if name not in ("mochi", "wan-i2v", "wan2.2")])
+def test_compiled_layers_have_their_graphs_in_common(name: str) -> None:
+    """Two for each kind of block, however many there are: torch gives up after eight."""
+    stacks = {"num_layers", "num_single_layers", "num_visual_blocks"} & TINY[name].config.keys()
+    config = {**TINY[name].config, **dict.fromkeys(stacks, 3)}
+    if "vace_layers" in config:
+        config["vace_layers"] = range(3)
+    model = replace(TINY[name], config=config).build(CPU)
+    inputs = TINY[name].arguments(model, CPU)
+    torch.compiler.reset()
+    with torch.no_grad(), dynamo.patch(recompile_limit=2), sparsify(model, density=0.3, min_tokens=0):
+        for block in dict.fromkeys(layer.rpartition(".")[0] for layer, _ in family_of(model).attentions(model)):
+            model.get_submodule(block).compile(fullgraph=True, dynamic=False, backend="eager")
+        model(**inputs)
 
 
 def test_a_package_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
