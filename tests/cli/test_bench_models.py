@@ -74,9 +74,9 @@ def test_settings_come_from_a_preset_or_a_file(
 ) -> None:
     asked = []
     monkeypatch.setattr(bench_models, "run_bench_models", lambda **options: asked.append(options["options"]) or 0)
-    assert openvsa_command("bench", "--model", "a", "--config", "vsa-14b").status == 0
-    assert asked[-1].config == "vsa-14b"
-    assert asked[-1].sparse == {"vsa-14b": SparsityConfig.preset("vsa-14b", min_tokens=0)}
+    assert openvsa_command("bench", "--model", "a", "--config", "vsa-1.3b").status == 0
+    assert asked[-1].config == "vsa-1.3b"
+    assert asked[-1].sparse == {"vsa-1.3b": SparsityConfig.preset("vsa-1.3b", min_tokens=0)}
 
     assert openvsa_command("bench", "--model", "a", "--config", "wan").status == 0
     assert asked[-1].sparse == {"wan": SparsityConfig(density=0.25, dense_layers=(0,), min_tokens=0)}

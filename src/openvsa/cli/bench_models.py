@@ -16,6 +16,7 @@ from openvsa.cli.bench import find_device, make_console, print_end
 from openvsa.cli.generate_pair import sparsity
 from openvsa.errors import BudgetError, OpenVSAError, require
 from openvsa.integrations.branch import check_settings
+from openvsa.integrations.presets import PRESETS
 
 __all__ = ["list_models", "parse_options", "run_bench_models"]
 
@@ -39,7 +40,8 @@ def parse_options(
     if config is None:
         return ModelOptions(**given) if shares is None else ModelOptions(**given, sparse=by_density(shares))
 
-    name, base = Path(config).stem, one_step(sparsity(None, config, 1))
+    name = config if config in PRESETS else Path(config).stem
+    base = one_step(sparsity(None, config, 1))
     sparse = {name: base}
     if shares is not None:
         if base.layers:
