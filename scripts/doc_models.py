@@ -69,8 +69,6 @@ class MeasuredModel:
     others: tuple[tuple[Path, dict[str, Any]], ...] = ()
 
     def and_newer(self, file: Path, record: dict[str, Any], case: dict[str, Any]) -> MeasuredModel:
-        if case["layers"] != self.case["layers"]:
-            return MeasuredModel(file, record, case)
         rows, profile = [], list(case.get("profile", ()))
         told = {entry["mode"] for entry in profile}
         profile = [entry for entry in self.case.get("profile", ()) if entry["mode"] not in told] + profile
@@ -90,11 +88,6 @@ class MeasuredModel:
     def machine(self) -> str:
         return self.record["machine"]["device"]
 
-    @property
-    def part(self) -> str:
-        """What of the model was run, where it was not all of it."""
-        return f"{self.case['layers']} of {self.case['whole']} layers" if self.case.get("whole") else ""
-
     def dense(self, mode: str) -> Row | None:
         rows = [row for row in self.case["rows"] if row["mode"] == mode and row["density"] is None]
         return min(rows, key=lambda row: row["ms"]) if rows else None
@@ -109,7 +102,8 @@ def newest_models(config: str | None = None) -> list[MeasuredModel]:
     files = [(path, load(path, MODEL_SCHEMA)) for path in RESULTS.glob("models-*.json")]
     for path, record in sorted(files, key=lambda pair: pair[1]["date"]):
         for case in record["cases"] if record["settings"].get("config") == config else ():
-            if case["passed"] and case["name"] in MODELS:
+            # Early records are of a few layers, and say of how many.
+            if case["passed"] and case["name"] in MODELS and not case.get("whole"):
                 key = record["machine"]["device"], case["name"]
                 known = found.get(key)
                 found[key] = known.and_newer(path, record, case) if known else MeasuredModel(path, record, case)
@@ -166,7 +160,7 @@ def short() -> str:
     head = [f"{mode}, {column}" for mode in MODES for column in columns]
     lines = []
     for one in newest_models():
-        cells = [f"{one.case['note']}{', ' * bool(one.part)}{one.part}"]
+        cells = [one.case["note"]]
         for mode in MODES:
             dense, sparse = one.dense(mode), one.sparse(mode)
             cells.append(number(dense["ms"]) if dense else "")
@@ -193,9 +187,8 @@ def profiles(found: list[MeasuredModel]) -> str:
 def about(one: MeasuredModel) -> str:
     case, attention = one.case, one.case["attention"]
     grid, tile = ("×".join(map(str, x)) for x in (case["grid"], attention["tile"]))
-    part = f", {one.part}" if one.part else ""
     return (
-        f"- `{case['name']}`: {case['note']}{part}; lattice {grid}, {attention['tokens']:,} tokens in tiles of {tile}, "
+        f"- `{case['name']}`: {case['note']}; lattice {grid}, {attention['tokens']:,} tokens in tiles of {tile}, "
         f"{attention['heads']} heads of {attention['head_dim']}, {case['dtype']}\n"
     )
 
@@ -270,18 +263,17 @@ def family(name: str) -> str:
     if not found:
         return f"Not measured yet: `openvsa bench --model {','.join(FAMILIES[name])}` does it.\n\n{start}"
     machines = " and ".join(dict.fromkeys(one.machine for one in found))
-    parts = "; ".join(f"`{one.case['name']}` is {one.part}" for one in found if one.part)
-    note = f"One denoising step, {machines}, random weights, batch 1{'; ' + parts if parts else ''}. "
+    note = f"One denoising step, {machines}, random weights, batch 1. "
     note += "How it was measured: [Performance](../performance.md#whole-models).\n"
     return f"{note}\n{steps(found)}\n{start}"
 
 
 def generation(preset: Preset, one: MeasuredModel, mode: str) -> float | None:
     """How many times as fast as dense the preset makes all steps of a generation, from measured times of steps and of
-    attention calls; None if it was not measured at this density, or the model was not run whole."""
+    attention calls; None if it was not measured at this density."""
     dense, sparse = one.dense(mode), one.sparse(mode).get(preset.density)
     calls = one.dense("attention"), one.sparse("attention").get(preset.density)
-    if dense is None or sparse is None or one.part or None in calls:
+    if dense is None or sparse is None or None in calls:
         return None
     back = len(preset.dense_layers) * (calls[0]["ms"] - calls[1]["ms"])  # pyright: ignore[reportOptionalSubscript]
     first = preset.settings(None)["dense_first_steps"]
@@ -290,12 +282,9 @@ def generation(preset: Preset, one: MeasuredModel, mode: str) -> float | None:
 
 
 def speed_of(preset: Preset, one: MeasuredModel, mode: str) -> str:
-    """Of all steps where it is known, else of a sparse step; empty if neither was measured."""
-    where = f"`{one.case['name']}`, {mode}, {one.machine}"
-    if factor := generation(preset, one, mode):
-        return f"{factor:.2f}× ({where})"
-    step = one.sparse(mode).get(preset.density)
-    return f"a sparse step {step['faster']:.2f}× ({where}, {one.part})" if step and one.part else ""
+    """Of all steps; empty if it was not measured."""
+    factor = generation(preset, one, mode)
+    return f"{factor:.2f}× (`{one.case['name']}`, {mode}, {one.machine})" if factor else ""
 
 
 def speeds_with(config: str) -> list[str]:

@@ -60,7 +60,7 @@ def test_the_newest_file_counts() -> None:
     assert "| `wan-1.3b-480p` | 30 × attention | 300 (cudnn) | 120 (2.50×) |  |  |  |" in page
     assert "| `wan-1.3b-480p` | 5.0e-03 (flash) | 4.0e-03 |" in page
     assert "| `wan-1.3b-480p` | eager | density 0.25 | 100 | 50 |" in page
-    assert "30 of 40 layers" in page
+    assert "models-part.json" not in page
     assert "models-old.json" not in page
 
 
@@ -68,18 +68,17 @@ def test_the_newest_file_counts() -> None:
 def test_a_family_has_its_own_models() -> None:
     text = doc_models.family("wan")
     assert "on an GPU" not in text
-    assert "`wan-14b-720p` is 30 of 40 layers" in text
+    assert "wan-14b-720p" not in text
     assert doc_models.family("ltx").startswith("Not measured yet")
 
 
 @pytest.mark.usefixtures("results")
 def test_a_generation_counts_its_dense_steps_and_layers() -> None:
-    whole, part = doc_models.newest_models()
+    [whole] = doc_models.newest_models()
     # 10 steps of 500 ms, 40 of 250 ms and 6 ms more for the layer that stays dense.
     assert doc_models.generation(Preset(), whole, "eager") == pytest.approx(50 * 500 / (10 * 500 + 40 * 256))
     assert doc_models.generation(Preset(), whole, "compiled") is None
     assert doc_models.generation(Preset(density=0.5), whole, "eager") is None
-    assert doc_models.generation(Preset(), part, "eager") is None
     assert "1.64× (`wan-1.3b-480p`, eager, GPU)" in doc_models.presets()
 
 
@@ -154,14 +153,3 @@ def test_what_presets_cost_is_that_of_clips_made_with_their_settings(tmp_path: P
     assert doc_models.on_the_bundled_model(PRESETS["wan"]) == "PSNR 35.0 dB, SSIM 0.900, VIF 0.800; 2.00×"
     assert doc_models.on_the_bundled_model(PRESETS["mochi"]).startswith("PSNR 35.0 dB")
     assert doc_models.on_the_bundled_model(PRESETS["hunyuan_video"]).startswith("PSNR 20.0 dB")
-
-
-@pytest.mark.usefixtures("results")
-def test_a_run_of_all_layers_replaces_one_of_a_few(tmp_path: Path) -> None:
-    whole = record("2026-03-01", "wan-14b-720p", 100.0)
-    whole["cases"][0]["layers"] = 40
-    (tmp_path / "models-whole.json").write_text(json.dumps(whole))
-    text = doc_models.family("wan")
-    assert "| `wan-14b-720p` | 40 × attention | 400 (cudnn) |" in text
-    assert " of 40 layers" not in text
-    assert "models-part.json" not in doc_models.performance()
