@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from openvsa.bench import model_dense, model_run
@@ -273,6 +274,16 @@ def test_compiled_alone() -> None:
         found = measure_model(TINY[name], CPU, replace(QUICK, modes=("compiled",)), lambda text: None)
         assert found["passed"], found["failed"]
         assert {row["mode"] for row in found["rows"]} == {"attention", "kernel", "compiled"}
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_settings_that_need_more_graphs_than_dynamo_allows(name: str) -> None:
+    """It would run the rest of CogVideoX's eagerly, and refuse Wan's."""
+    made = counters["stats"]["unique_graphs"]
+    with dynamo.patch(recompile_limit=1):
+        found = measure_model(TINY[name], CPU, replace(QUICK, modes=("compiled",)), lambda text: None)
+    assert found["passed"], found["failed"]
+    assert counters["stats"]["unique_graphs"] - made >= 3  # dense, and at two densities
 
 
 # The blocks of Mochi break into several graphs: see its family's tests. Wan's are of one class.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo
 
 from openvsa.bench.model_cases import SMALL_GRID, ModelCase
 from openvsa.bench.model_dense import DenseBy, dense_kernels
@@ -179,7 +180,8 @@ def measure_model(case: ModelCase, device: torch.device, options: ModelOptions, 
             _measure_steps(subject, "eager", options, result, reference, stage)
         if "compiled" in options.modes:
             _compile_blocks(model)
-            _measure_steps(subject, "compiled", options, result, reference, stage)
+            with _graphs_for(subject, result["layers"]):
+                _measure_steps(subject, "compiled", options, result, reference, stage)
         result["clocks"]["after"] = gpu_clocks(device)
     _add_ratios(result["rows"])
     ends = [*(start for _, start in stages[1:]), time.perf_counter()]
@@ -348,6 +350,16 @@ def _compile_blocks(model: Any) -> None:
         return
     for name in dict.fromkeys(name.rpartition(".")[0] for name, _ in family_of(model).attentions(model)):
         model.get_submodule(name).compile(dynamic=False)
+
+
+def _graphs_for(subject: _Subject, layers: int) -> AbstractContextManager[None]:
+    """Inside, each layer may have a graph of its own for each way. Past its limit, of 8 graphs by default, Dynamo would
+    run blocks eagerly, and say nothing unless they must be one graph."""
+    limit = len(subject.ways()) * (layers + 1)
+    return dynamo.patch(
+        recompile_limit=limit, accumulated_recompile_limit=max(limit, dynamo.accumulated_recompile_limit),
+        fail_on_recompile_limit_hit=True,
+    )  # fmt: skip
 
 
 def _measure_host(subject: _Subject, rows: list[dict[str, Any]]) -> None:
