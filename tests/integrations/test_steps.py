@@ -7,6 +7,7 @@ import weakref
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -46,6 +47,31 @@ def test_another_schedule_begins_a_generation() -> None:
     assert clock.step == 1
     del second
     assert clock.tick(0, (2, 2), torch.tensor([9, 5]))
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_steps_whose_levels_are_rounded_to_one_are_told_apart(kind: str) -> None:
+    """As by the pipelines of HunyuanVideo, Flux and Kandinsky 5, which give bfloat16 timesteps."""
+    model, prompt = tiny_wan(), text()
+    scheduler = getattr(diffusers, kind)(shift=12.0)
+    scheduler.set_timesteps(50)
+    exact, rounded = scheduler.timesteps, scheduler.timesteps.bfloat16()
+    assert len(rounded.unique()) < len(exact.unique()) == 50
+    pipe = SimpleNamespace(transformer=model, scheduler=scheduler)
+    config = SparsityConfig(density=0.2, tile=(1, 2, 2), dense_first_steps=3, dense_last_steps=2)
+    events: list[AttentionEvent] = []
+    dense_steps, x = set(), torch.zeros(1, 3)
+    with openvsa.sparsify(pipe, config=config) as handle:
+        handle.on_attention(events.append)
+        for timestep, level in zip(exact, rounded, strict=True):
+            for guided in (prompt, text(seed=1)):
+                run(model, float(level), guided)
+            if any(event.plan is None for event in events):
+                dense_steps.add(float(timestep))
+            events.clear()
+            x = scheduler.step(x, timestep, x).prev_sample
+    levels = exact.unique()
+    assert dense_steps == {float(t) for t in (*levels[-3:], *levels[:2])}
 
 
 def test_dense_first_steps_are_bit_identical_and_begin_again_with_a_generation() -> None:

@@ -22,7 +22,7 @@ from openvsa.integrations.forward import Forward, Part
 from openvsa.integrations.intercept import SparseProcessor
 from openvsa.integrations.reuse import Kept
 from openvsa.integrations.session import Session, captures_graph
-from openvsa.integrations.steps import count_steps, running_pipeline, timesteps_of, warn_if_all_dense
+from openvsa.integrations.steps import count_steps, place_of, running_pipeline, timesteps_of, warn_if_all_dense
 from openvsa.layout import TileLayout
 from openvsa.torch_op import check_visible
 
@@ -257,7 +257,10 @@ class Site:
         share = share_of(budget, tiles)
         if share == 1.0:  # never worth it: whoever asks for it wants to see that it is the same
             return ""
-        why = objection(str(device), tokens, heads, head_dim, share.__float__())
+        # Text and references stay dense.
+        lattice = (tokens - operator.index(layout.prefix) - operator.index(layout.suffix)) / tokens
+        density = 1 - (1 - share.__float__()) * lattice**2
+        why = objection(str(device), tokens, heads, head_dim, density)
         if why and not self.told and not torch.compiler.is_compiling():
             self.told = True
             warnings.warn(f"attention stays dense: {why}; SparsityConfig(min_tokens=0) makes it sparse", stacklevel=2)
@@ -285,8 +288,9 @@ class Site:
         session = self.session
         # In a loop of the user's own the pipeline that was given has the scheduler.
         pipeline = running_pipeline(self.transformer) or session.pipeline()
-        timesteps = timesteps_of(pipeline)
-        if session.clock.tick(float(timestep.max()), sequence.grid, timesteps):
+        timesteps, place = timesteps_of(pipeline), place_of(pipeline)
+        exact = None if timesteps is None or place is None else float(timesteps[place])
+        if session.clock.tick(float(timestep.max()), sequence.grid, timesteps, exact):
             session.plans.clear()
             if timesteps is not None:
                 warn_if_all_dense(config, pipeline)

@@ -15,24 +15,41 @@ from openvsa.errors import UnsupportedError
 if TYPE_CHECKING:
     from openvsa.integrations.config import SparsityConfig
 
-__all__ = ["Branches", "StepClock", "count_steps", "running_pipeline", "timesteps_of", "warn_if_all_dense", "weakly"]
+__all__ = [
+    "Branches",
+    "StepClock",
+    "count_steps",
+    "place_of",
+    "running_pipeline",
+    "timesteps_of",
+    "warn_if_all_dense",
+    "weakly",
+]
 
 
 class StepClock:
     """Steps of one generation. A forward at the same noise level belongs to the same step, a lower level is the next
-    step, and a higher level, another lattice, or another schedule begins a new generation."""
+    step, and a higher level, another lattice, or another schedule begins a new generation.
+
+    Some pipelines round levels to bfloat16, in which neighbouring steps may have one: what their scheduler says, which
+    is not rounded, tells these apart. It counts a second-order step as two, but at the same timestep.
+    """
 
     def __init__(self) -> None:
         self.step = -1
         self._level: float | None = None
+        self._timestep: float | None = None
         self._grid: tuple[int, ...] | None = None
         self._schedule: weakref.ref[Tensor] | None = None
 
-    def tick(self, level: float, grid: tuple[int, ...], schedule: Tensor | None = None) -> bool:
+    def tick(
+        self, level: float, grid: tuple[int, ...], schedule: Tensor | None = None, timestep: float | None = None
+    ) -> bool:
         """Take note of a forward; True if it begins a generation.
 
         `schedule` is the timesteps of the scheduler, if there is one. Pipelines make them anew for every generation,
-        which tells one that begins at a low noise level from the rest of one that was interrupted.
+        which tells one that begins at a low noise level from the rest of one that was interrupted. `timestep` is the
+        one that the scheduler is at, if it says.
         """
         fresh = self._level is None or level > self._level or grid != self._grid
         if schedule is not None and (self._schedule is None or self._schedule() is not schedule):
@@ -40,9 +57,9 @@ class StepClock:
             self._schedule = weakref.ref(schedule)
         if fresh:
             self.step = 0
-        elif level != self._level:
+        elif (level, timestep) != (self._level, self._timestep):
             self.step += 1
-        self._level, self._grid = level, grid
+        self._level, self._timestep, self._grid = level, timestep, grid
         return fresh
 
 
@@ -78,6 +95,13 @@ def timesteps_of(pipeline: Any) -> Tensor | None:
     return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
 
 
+def place_of(pipeline: Any) -> int | None:
+    """The place of the scheduler in its timesteps. None before it has made a step, past the last one, which is of a
+    generation that has ended, and of a scheduler that does not say."""
+    timesteps, at = timesteps_of(pipeline), getattr(getattr(pipeline, "scheduler", None), "step_index", None)
+    return None if timesteps is None or at is None or at >= len(timesteps) else at
+
+
 def count_steps(pipeline: Any, step: int = 0) -> int:
     """How many steps the generation has that a pipeline is at, in step `step`.
 
@@ -90,9 +114,7 @@ def count_steps(pipeline: Any, step: int = 0) -> int:
             "dense_last_steps needs the pipeline given to sparsify, but it, or its scheduler, is gone; keep it", {}
         )
     # What the scheduler says holds also for a pipeline of modular blocks.
-    at: int | None = getattr(pipeline.scheduler, "step_index", None)
-    # It is set in the first step, and past the last one it is of a generation that has ended, not of this one.
-    if step and at is not None and at < len(timesteps):
+    if step and (at := place_of(pipeline)) is not None:
         return step + len(timesteps[at:].unique())
     # Video to video begins midway: Diffusers' pipelines have the number of those that are left.
     left = getattr(pipeline, "num_timesteps", None) or len(timesteps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from diffusers import (
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor, nn
 
+import cost_model
 import openvsa
 from joint_family import JointFamilyTests, check_hoist, check_mask_is_refused, close, perturbed, run
+from openvsa import SparsityConfig
 from openvsa.integrations.families.flux import image_grid
 
 TEXT = 7
@@ -169,6 +173,19 @@ def test_a_reference_image_stays_dense() -> None:
     assert {(event.layout.grid, event.layout.prefix, event.layout.suffix) for event in events} == {((6, 8), TEXT, 12)}
     text = list(events[-1].layout.text_blocks)
     assert events[-1].plan.block_mask()[..., text].all()
+
+
+def test_a_reference_image_counts_as_dense_where_it_is_asked_what_pays(tmp_path: Path) -> None:
+    """Half of the pairs within the image are left out: without a reference these are enough of all pairs."""
+    model, config = build(), SparsityConfig(density=0.5, tile=(2, 2))
+    with cost_model.machine(tmp_path, dense_ms_per_pair=1.0, sparse_ms_per_pair=1.5):
+        with openvsa.sparsify(model, config=config), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(model, call((8, 8)))
+        density = 1 - 0.5 * (64 / (64 + 36 + TEXT)) ** 2
+        why = f"attention stays dense: 107 tokens at density {density:.3g} would not be faster"
+        with openvsa.sparsify(model, config=config), pytest.warns(UserWarning, match=why):
+            run(model, call((8, 8), reference=(6, 6)))
 
 
 def test_an_ip_adapter_is_refused() -> None:
