@@ -1,14 +1,17 @@
-"""A sparsified Wan transformer inside CUDA graphs: captured by hand, and by torch.compile(mode="reduce-overhead")."""
+"""Sparsified transformers inside CUDA graphs: captured by hand, and by torch.compile(mode="reduce-overhead")."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import openvsa
+from openvsa.bench.model_cases import MODELS
 from openvsa.integrations.diffusers import SparsityConfig
 from tiny_wan import text, tiny_wan
 
@@ -116,3 +119,40 @@ def test_kept_plans_are_right_under_reduce_overhead(model: Model) -> None:
         model.draw(seed, 900.0 - seed)
         torch.compiler.cudagraph_mark_step_begin()
         assert distance(model(), expected[seed]) < 0.05
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_masks_under_reduce_overhead(foreign: bool) -> None:
+    """Each layer tells by a flag in the memory of its graph whether its mask was that of padded text."""
+    torch.compiler.reset()
+    case = replace(
+        MODELS["hunyuan-720p"], grid=GRID,
+        config={"num_attention_heads": 2, "num_layers": 2, "num_single_layers": 3, "num_refiner_layers": 1,
+                "text_embed_dim": 16, "pooled_projection_dim": 8},
+    )  # fmt: skip
+    model = case.build(DEVICE).float()  # of bfloat16, rounding chooses other tiles
+    inputs = {name: x.float() if x.is_floating_point() else x for name, x in case.arguments(model, DEVICE).items()}
+    inputs["encoder_attention_mask"][:, 5:] = 0
+    latents = [torch.randn_like(inputs["hidden_states"]) for _ in range(4)]
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return model(**{**inputs, "hidden_states": x}, return_dict=False)[0].clone()
+
+    def without_the_first_key(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"]
+        return args, {**kwargs, "attention_mask": torch.cat([torch.zeros_like(mask[..., :1]), mask[..., 1:]], -1)}
+
+    with openvsa.sparsify(model, config=settings()):
+        expected = [run(x) for x in latents]
+        for block in model.single_transformer_blocks if foreign else ():  # all, as graphs do not guard hooks
+            block.attn.register_forward_pre_hook(without_the_first_key, with_kwargs=True)
+        model.compile_repeated_blocks(mode="reduce-overhead")
+        for x, right in zip(latents, expected, strict=True):
+            if foreign:
+                with pytest.raises(openvsa.UnsupportedError, match="not that of padded text"):
+                    run(x)
+            else:
+                assert distance(run(x), right) < 0.05
+    torch.compiler.reset()
