@@ -279,6 +279,7 @@ def test_compiled_alone() -> None:
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_settings_that_need_more_graphs_than_dynamo_allows(name: str) -> None:
     """It would run the rest of CogVideoX's eagerly, and refuse Wan's."""
+    torch.compiler.reset()  # what other tests have compiled serves here too
     made = counters["stats"]["unique_graphs"]
     with dynamo.patch(recompile_limit=1):
         found = measure_model(TINY[name], CPU, replace(QUICK, modes=("compiled",)), lambda text: None)
