@@ -133,7 +133,7 @@ def top_blocks(
     if rows:
         block_n = _power_of_2(num_kv)
         options = {**_FUSED, "FORCED": forced is not None, "KEEP_SELF": keep_self, "BLOCK_N": block_n}
-        options["num_warps"] = min(max(block_n // 1024, 1), 8)
+        options["num_warps"] = min(max(block_n // 1024, 1), 4)
         with torch.cuda.device_of(scores):
             _top_kernel[(rows,)](
                 scores, scores if forced is None else forced.contiguous().view(torch.uint8), counts, indices,
