@@ -79,6 +79,24 @@ def test_rows_of_every_length(num_kv: int) -> None:
     alike(*both(lambda: rank(values, Budget(keep_ratio=0.3))))
 
 
+@pytest.mark.parametrize("scale", [-3e38, -1.0, 0.0, 1e-40, 100.0])
+def test_scores_of_any_size_and_sign(scale: float) -> None:
+    """The threshold is first looked for within four octaves of the best score, which may be where none is."""
+    values = (scale * (1 + torch.rand(1, 1, 4, 40))).to(DEVICE)
+    for top_k in (1, 5, 40):
+        alike(*both(lambda top_k=top_k: rank(values, Budget(top_k=top_k))))
+
+
+@pytest.mark.parametrize("num_kv", [65, 140, 191])
+def test_rows_in_two_pieces_and_at_any_distance(num_kv: int) -> None:
+    values = torch.randint(-3, 3, (1, 2, 3, num_kv + 13)).float().to(DEVICE)[..., :num_kv]
+    forced = torch.zeros(num_kv, dtype=torch.bool, device=DEVICE).index_fill(
+        0, torch.tensor([num_kv - 1], device=DEVICE), True
+    )
+    for budget in (Budget(top_k=2), Budget(top_k=num_kv // 2, keep_first=1), Budget(top_k=num_kv - 1)):
+        alike(*both(lambda budget=budget: rank(values, budget, forced)))
+
+
 def test_rows_too_long_for_the_kernel_are_sorted() -> None:
     values = torch.randn(1, 1, 1, 16385).to(DEVICE)
     counts, indices = rank(values, Budget(top_k=4))

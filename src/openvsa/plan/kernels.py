@@ -16,55 +16,95 @@ from torch import Tensor
 __all__ = ["top_blocks", "transpose_lists"]
 
 MAX_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
+FOUR_OCTAVES = tl.constexpr(4 << 23)  # between a float and a sixteenth of it, as integers
 _FUSED: dict[str, Any] = {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not said, and 3.10 takes False
+
+
+@triton.jit
+def _keys(scores, forced, column, num_kv, keep_first, own, FORCED: tl.constexpr, KEEP_SELF: tl.constexpr):
+    """Integers that sort like the scores of a row: forced blocks above all, slots past its end below."""
+    inside = column < num_kv
+    score = tl.load(scores + column, mask=inside, other=0.0).to(tl.float32)
+    number = tl.minimum(tl.maximum(score, -MAX_FLOAT), MAX_FLOAT) + 0.0  # -0 ties with 0
+    score = tl.where(score == score, number, float("-inf"))  # NaN below every number
+    bits = score.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    must = column < keep_first
+    if KEEP_SELF:
+        must = must | (column == own)
+    if FORCED:
+        must = must | (tl.load(forced + column, mask=inside, other=0) != 0)
+    return tl.where(inside, tl.where(must, 0x7FFFFFFF, key), -0x80000000)
+
+
+@triton.jit
+def _count(key, threshold):
+    return tl.sum((key >= threshold).to(tl.int32), 0)
+
+
+@triton.jit
+def _tell(key, threshold):
+    """1 above the threshold, 1 << 16 where equal to it. A sum counts both: of at most 16384 keys, each fits in half."""
+    return (key > threshold).to(tl.int32) + ((key == threshold).to(tl.int32) << 16)
+
+
+@triton.jit
+def _store_kept(indices, column, told, before, wanted):
+    """All above the threshold, and of those equal to it the first, as many as are still `wanted`; `before`: what the
+    columns before these sum up to."""
+    so_far = before + tl.cumsum(told, 0)
+    equal_so_far = so_far >> 16
+    kept = (told == 1) | ((told > 1) & (equal_so_far <= wanted))
+    place = (so_far & 0xFFFF) + tl.minimum(equal_so_far, wanted) - 1
+    tl.store(indices + place, column, mask=kept)
 
 
 @triton.jit(do_not_specialize=["num_q", "num_kv", "width", "keep_first", "first_row"])
 def _top_kernel(
-    scores, forced, counts, indices, num_q, num_kv, width, keep_first, first_row,
-    FORCED: tl.constexpr, KEEP_SELF: tl.constexpr, BLOCK_N: tl.constexpr,
+    scores, forced, counts, indices, pitch, num_q, num_kv, width, keep_first, first_row,
+    FORCED: tl.constexpr, KEEP_SELF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    own = first_row + tl.program_id(0) % num_q
+    scores += row * pitch
+    forced += row * num_kv
+    # A row in two pieces: one of the next power of 2 would be a quarter empty on average.
     column = tl.arange(0, BLOCK_N)
-    inside = column < num_kv
-    score = tl.load(scores + row * num_kv + column, mask=inside, other=0.0).to(tl.float32)
-    number = tl.minimum(tl.maximum(score, -MAX_FLOAT), MAX_FLOAT)
-    score = tl.where(score == score, number, float("-inf"))  # NaN below every number
-    score = tl.where(score == 0.0, 0.0, score)  # -0 ties with 0
-    # Unsigned integers that sort like the scores: forced blocks above all, slots past the end (0) below.
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True)
-    must = column < keep_first
-    if KEEP_SELF:
-        must = must | (column == first_row + tl.program_id(0) % num_q)
-    if FORCED:
-        must = must | (tl.load(forced + row * num_kv + column, mask=inside, other=0) != 0)
-    key = tl.where(must, -1, key.to(tl.int32, bitcast=True)).to(tl.uint32, bitcast=True)
-    key = tl.where(inside, key, 0).to(tl.uint32)
+    key = _keys(scores, forced, column, num_kv, keep_first, own, FORCED, KEEP_SELF)
+    if BLOCK_REST:
+        rest = BLOCK_N + tl.arange(0, BLOCK_REST)
+        rest_key = _keys(scores, forced, rest, num_kv, keep_first, own, FORCED, KEEP_SELF)
 
-    # A threshold that `width` keys reach: bit by bit from the highest, until it separates them from the rest. If ties
-    # do not let it, it ends as the width-th largest key itself.
-    threshold = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
+    # A threshold that `width` keys reach and no more, or, where ties do not let it, the width-th largest key itself. It
+    # is looked for by halves: first from a sixteenth of the best score on, then above or below that.
+    threshold = tl.full([], -0x80000000, tl.int32)
+    most = tl.max(key, 0)
+    if BLOCK_REST:
+        most = tl.maximum(most, tl.max(rest_key, 0))
+    higher = tl.where(most >= threshold + FOUR_OCTAVES, most - FOUR_OCTAVES, most)
     reach = num_kv
-    while (bit != 0) & (reach != width):
-        higher = threshold | bit
-        at_least = tl.sum((key >= higher).to(tl.int32), 0)
+    while (threshold < most) & (reach != width):
+        at_least = _count(key, higher)
+        if BLOCK_REST:
+            at_least += _count(rest_key, higher)
         enough = at_least >= width
         threshold = tl.where(enough, higher, threshold)
         reach = tl.where(enough, at_least, reach)
-        bit = bit >> 1
+        most = tl.where(enough, most, higher - 1)
+        apart = (most - threshold).to(tl.uint32, bitcast=True)  # may be more than 2**31
+        higher = threshold + ((apart + 1) >> 1).to(tl.int32, bitcast=True)
 
-    # All above it, and of those equal to it the first, as many as are still wanted. One scan counts both: of at most
-    # 16384 entries, each count fits in half of 32 bits.
-    above = (key > threshold).to(tl.int32)
-    equal = (key == threshold).to(tl.int32)
-    wanted = width - tl.sum(above, 0)
-    so_far = tl.cumsum(above + (equal << 16), 0)
-    equal_so_far = so_far >> 16
-    kept = (above | (equal & (equal_so_far <= wanted).to(tl.int32))) != 0
-    place = (so_far & 0xFFFF) + tl.minimum(equal_so_far, wanted) - 1
-    tl.store(indices + row * width + place, column, mask=kept)
+    told = _tell(key, threshold)
+    total = tl.sum(told, 0)
+    every = total
+    if BLOCK_REST:
+        rest_told = _tell(rest_key, threshold)
+        every += tl.sum(rest_told, 0)
+    wanted = width - (every & 0xFFFF)
+    indices += row * width
+    _store_kept(indices, column, told, 0, wanted)
+    if BLOCK_REST:
+        _store_kept(indices, rest, rest_told, total, wanted)
     tl.store(counts + row, width)
 
 
@@ -117,6 +157,14 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
+def _pieces(n: int) -> tuple[int, int]:
+    """Powers of 2 that hold a row of n together: one, or a large and a small one where that is less."""
+    whole = _power_of_2(n)
+    half = whole // 2
+    rest = max(_power_of_2(n - half), half // 4)  # not all there are: each is a kernel to compile
+    return (half, rest) if half >= 64 and rest < half else (whole, 0)
+
+
 def top_blocks(
     scores: Tensor, forced: Tensor | None, width: int, keep_first: int, keep_self: bool, first_row: int
 ) -> tuple[Tensor, Tensor]:
@@ -126,18 +174,21 @@ def top_blocks(
     Row i has its own block at column first_row + i.
     """
     num_q, num_kv = scores.shape[-2:]
-    scores = scores.contiguous()
+    flat = scores.reshape(-1, num_kv)  # of rows at one distance, which may be wider than they are
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
     counts = torch.empty(scores.shape[:-1], dtype=torch.int32, device=scores.device)
     indices = torch.empty((*scores.shape[:-1], width), dtype=torch.int32, device=scores.device)
     rows = counts.numel()
     if rows:
-        block_n = _power_of_2(num_kv)
-        options = {**_FUSED, "FORCED": forced is not None, "KEEP_SELF": keep_self, "BLOCK_N": block_n}
-        options["num_warps"] = min(max(block_n // 1024, 1), 4)
+        block, rest = _pieces(num_kv)
+        options = {**_FUSED, "FORCED": forced is not None, "KEEP_SELF": keep_self, "BLOCK_N": block, "BLOCK_REST": rest}
+        size = block + rest
+        options["num_warps"] = 1 if size < 2048 else 4
         with torch.cuda.device_of(scores):
             _top_kernel[(rows,)](
-                scores, scores if forced is None else forced.contiguous().view(torch.uint8), counts, indices,
-                num_q, num_kv, width, keep_first, first_row, **options,
+                flat, flat if forced is None else forced.contiguous().view(torch.uint8), counts, indices,
+                flat.stride(0), num_q, num_kv, width, keep_first, first_row, **options,
             )  # fmt: skip
     return counts, indices
 

@@ -19,7 +19,7 @@ __all__ = ["block_scores"]
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 # Triton 3.9 warns where fusion is not said, and 3.10 takes False.
-_LAUNCH: dict[str, Any] = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+_LAUNCH: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _dot(a, b, acc):
 
 @triton.jit(do_not_specialize=["heads", "num_q", "num_kv"])
 def _scores_kernel(
-    q, k, scores, q_strides, k_strides, heads, num_q, num_kv, scale,
+    q, k, scores, q_strides, k_strides, pitch, heads, num_q, num_kv, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(num_kv, BLOCK)
@@ -71,26 +71,25 @@ def _scores_kernel(
         small = _dot(q1, k0, small)
         small = _dot(q0, k1, small)
         large = _dot(q0, k0, large)
-    at = (entry.to(tl.int64) * num_q + q_rows[:, None]) * num_kv + k_rows[None, :]
+    at = (entry.to(tl.int64) * num_q + q_rows[:, None]) * pitch + k_rows[None, :]
     mask = (q_rows < num_q)[:, None] & (k_rows < num_kv)[None, :]
     tl.store(scores + at, (large + small) * scale, mask=mask)
 
 
-def block_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
-    """fp32 [B, H, NQ, NK] from fp32 q_pooled [B, NQ, H, D] and k_pooled [B, NK, Hkv, D], any strides.
+def block_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float, scores: Tensor) -> None:
+    """Write the scores fp32 [B, H, NQ, NK], any rows at one distance, of fp32 q_pooled [B, NQ, H, D] and k_pooled
+    [B, NK, Hkv, D], any strides.
 
     A mean that is not finite makes its scores NaN, which rank below every number.
     """
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_pooled, k_pooled))
     batch, num_q, heads, dim = q.shape
     num_kv = k.shape[1]
-    scores = torch.empty(batch, heads, num_q, num_kv, dtype=torch.float32, device=q.device)
     if scores.numel():
         options: dict[str, Any] = {"GROUP": heads // k.shape[2], "HEAD_DIM": dim, "BLOCK": 64, "BLOCK_D": 32}
         options |= _LAUNCH
         grid = (-(-num_q // 64) * -(-num_kv // 64) * batch * heads,)  # the other dimensions end at 65,535
         with torch.cuda.device_of(q):
             _scores_kernel[grid](
-                q, k, scores, q.stride(), k.stride(), heads, num_q, num_kv, scale, **options,
+                q, k, scores, q.stride(), k.stride(), scores.stride(2), heads, num_q, num_kv, scale, **options,
             )  # fmt: skip
-    return scores

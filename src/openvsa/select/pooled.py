@@ -73,12 +73,16 @@ class _Product(torch.autograd.Function):
 def _block_scores_kernel(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
     from openvsa.select import kernels
 
-    return kernels.block_scores(q_pooled, k_pooled, scale)
+    scores = _empty_scores(q_pooled, k_pooled, scale)
+    kernels.block_scores(q_pooled, k_pooled, scale, scores)
+    return scores
 
 
-def _fake_block_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
+def _empty_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
+    """Room for scores, in rows of a multiple of 64 bytes: kernels then read and write several at a time."""
     batch, num_q, heads, _ = q_pooled.shape
-    return q_pooled.new_empty((batch, heads, num_q, k_pooled.shape[1]))
+    num_kv = k_pooled.shape[1]
+    return q_pooled.new_empty((batch, heads, num_q, -(-num_kv // 16) * 16))[..., :num_kv]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -96,9 +100,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad_q * ctx.scale, grad_k * ctx.scale, None
 
 
-_block_scores = torch_op(
-    "block_scores", _block_scores_kernel, _fake_block_scores, save=_save, differentiate=_differentiate
-)
+_block_scores = torch_op("block_scores", _block_scores_kernel, _empty_scores, save=_save, differentiate=_differentiate)
 
 
 @dataclass(frozen=True)
