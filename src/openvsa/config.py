@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeVar
 
 from openvsa.errors import BudgetError
@@ -101,6 +102,11 @@ class Budget:
                 f"the budget is {kept} of {num_blocks} blocks; raise the budget or min_blocks"
             )
         return kept
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a real number, of NumPy too; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def triton_interpret() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 __all__ = ["BudgetError", "MissingExtraError", "OpenVSAError", "PlanError", "ShapeError", "UnsupportedError", "require"]
@@ -40,7 +40,7 @@ class UnsupportedError(OpenVSAError, NotImplementedError):
     `reasons` maps the name of each backend that was considered to every reason why it cannot run here.
     """
 
-    def __init__(self, message: str, reasons: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, message: str, reasons: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
         self.reasons = {name: tuple(why) for name, why in reasons.items()}
         lines = [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
         super().__init__("\n".join([message, *lines]))

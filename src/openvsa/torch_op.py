@@ -112,11 +112,11 @@ def check_not_traced(what: str) -> None:
         UnsupportedError: inside torch.jit.trace.
     """
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
-        raise UnsupportedError(f"torch.jit.trace cannot see through {what}; use torch.export or torch.compile", {})
+        raise UnsupportedError(f"torch.jit.trace cannot see through {what}; use torch.export or torch.compile")
 
 
 def _refuse(qualified: str, what: str, instead: str) -> NoReturn:
-    raise UnsupportedError(f"the operator {qualified} {what}; {instead}", {})
+    raise UnsupportedError(f"the operator {qualified} {what}; {instead}")
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:

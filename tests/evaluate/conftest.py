@@ -46,7 +46,7 @@ def events(layout: TileLayout, *, heads: int, layers: int, steps: int, density: 
             scores = pooled[0] @ pooled[1].transpose(2, 3)
             plan = BlockPlan.from_scores(scores, Budget(keep_ratio=density), layout.blocks, layout.blocks)
             timestep = 1000 - 900 * step / steps
-            yield AttentionEvent(layer, f"blocks.{layer}.attn1", timestep, layout, plan, q, k, v, seconds=0.1)
+            yield AttentionEvent(layer, f"blocks.{layer}.attn1", step, timestep, layout, plan, q, k, v, seconds=0.1)
 
 
 @pytest.fixture(scope="session")

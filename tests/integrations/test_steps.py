@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from torch import Tensor
 
 import openvsa
 from openvsa import SparsityConfig
@@ -42,11 +43,15 @@ def test_the_clock_goes_by_level_alone() -> None:
 def test_another_schedule_begins_a_generation() -> None:
     """Also at a noise level that would be the next step of the one before."""
     clock, first, second = StepClock(), torch.tensor([9, 5]), torch.tensor([9, 5])
-    said = [clock.tick(level, (2, 2), of) for level, of in ((9, first), (5, first), (5, second), (1, second))]
+
+    def tick(level: int, schedule: Tensor) -> bool:
+        return clock.tick(level, (2, 2), SimpleNamespace(scheduler=SimpleNamespace(timesteps=schedule)))
+
+    said = [tick(level, of) for level, of in ((9, first), (5, first), (5, second), (1, second))]
     assert said == [True, False, True, False]
     assert clock.step == 1
     del second
-    assert clock.tick(0, (2, 2), torch.tensor([9, 5]))
+    assert tick(0, torch.tensor([9, 5]))
 
 
 @pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
@@ -60,7 +65,7 @@ def test_steps_whose_levels_are_rounded_to_one_are_told_apart(kind: str) -> None
     pipe = SimpleNamespace(transformer=model, scheduler=scheduler)
     config = SparsityConfig(density=0.2, tile=(1, 2, 2), dense_first_steps=3, dense_last_steps=2)
     events: list[AttentionEvent] = []
-    dense_steps, x = set(), torch.zeros(1, 3)
+    dense_steps, seen, x = set(), set(), torch.zeros(1, 3)
     with openvsa.sparsify(pipe, config=config) as handle:
         handle.on_attention(events.append)
         for timestep, level in zip(exact, rounded, strict=True):
@@ -68,9 +73,11 @@ def test_steps_whose_levels_are_rounded_to_one_are_told_apart(kind: str) -> None
                 run(model, float(level), guided)
             if any(event.plan is None for event in events):
                 dense_steps.add(float(timestep))
+            seen.update((event.step, float(timestep)) for event in events)
             events.clear()
             x = scheduler.step(x, timestep, x).prev_sample
     levels = exact.unique()
+    assert seen == {(step, float(t)) for step, t in enumerate(levels.flip(0))}
     assert dense_steps == {float(t) for t in (*levels[-3:], *levels[:2])}
 
 

@@ -20,8 +20,9 @@ ROW = {"FORCED": True, "KEEP_SELF": True, **FUSED}
 
 
 def top(num_kv: int) -> Any:
-    options = {**ROW, "BLOCK_N": num_kv, "num_warps": min(max(num_kv // 1024, 1), 8)}
-    arguments = [FLOATS, torch.uint8, INTS, INTS, 512, num_kv, 64, 1, 0]
+    block, rest = plan_kernels._pieces(num_kv)
+    options = {**ROW, "BLOCK_N": block, "BLOCK_REST": rest, "num_warps": 1 if num_kv < 2048 else 4}
+    arguments = [FLOATS, torch.uint8, INTS, INTS, num_kv, 512, num_kv, 64, 1, 0]
     return plan_kernels._top_kernel.warmup(*arguments, grid=(1,), **options)
 
 
@@ -40,13 +41,13 @@ def readers() -> Any:
 def scores() -> Any:
     strides = (65536, 128, 1536, 1)
     return select_kernels._scores_kernel.warmup(
-        FLOATS, FLOATS, FLOATS, strides, strides, 12, 512, 512, 0.1, grid=(1,),
+        FLOATS, FLOATS, FLOATS, strides, strides, 512, 12, 512, 512, 0.1, grid=(1,),
         GROUP=1, HEAD_DIM=128, BLOCK=64, BLOCK_D=32, **select_kernels._LAUNCH,
     )  # fmt: skip
 
 
 KERNELS = {
-    "top-64": lambda: top(64), "top-16384": lambda: top(16384),
+    "top-64": lambda: top(64), "top-1215": lambda: top(1215), "top-16384": lambda: top(16384),
     "mark": mark, "starts": starts, "readers": readers, "scores": scores,
 }  # fmt: skip
 

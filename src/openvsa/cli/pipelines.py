@@ -45,8 +45,7 @@ def pipeline_class(model: str) -> Any:
     if not {base.__name__ for base in bases} & set(supported()):
         raise UnsupportedError(
             f"{model!r} is a {name} whose transformer is {transformer or 'absent'}; supported transformers: "
-            f"{', '.join(supported())}",
-            {},
+            f"{', '.join(supported())}"
         )
     return kind
 

@@ -142,7 +142,7 @@ class Audit:
         if self._branch:
             dense_time = self._generate("without branch", self._observe)[2]
         moved = [moves.get(forward.step, moves.get(forward.step + 1, 1.0)) for forward in forwards]
-        recorder = AttentionRecorder(range(len(forwards)), max_heads=4, max_bytes=2 << 20)
+        recorder = AttentionRecorder([forward.step for forward in forwards], max_heads=4, max_bytes=2 << 20)
         changed, why_dense = self._sparse_forwards(forwards, recorder)
         predictions, calls, dense_calls, layout = self._measure(forwards, why_dense)
         errors = [_relative(ours, prediction) for ours, prediction in zip(changed, predictions, strict=True)]
@@ -184,7 +184,7 @@ class Audit:
             table,
             budgeted,
             sparse_clip,
-            _renumbered(recorder.record(), [forward.step for forward in forwards]),
+            recorder.record(),
         )
 
     # -- generations --------------------------------------------------------------------------------------------
@@ -271,7 +271,8 @@ class Audit:
         done = self._on_progress("sparse forwards", len(forwards))
         for forward in forwards:
             with sparsify(self._pipe, config=at_step(self._config, forward.step)) as handle:
-                handle.on_attention(recorder)
+                # A forward that is run alone takes its step for the first one.
+                handle.on_attention(lambda event, step=forward.step: recorder(replace(event, step=step)))
                 predictions.append(forward())
                 layers = handle.report().layers
             why_dense.append({layer.layer: layer.why_dense for layer in layers if not layer.sparse_calls})
@@ -490,17 +491,6 @@ def curves_of(
 
 def _blocks(share: float, num_tiles: int) -> int:
     return Budget(keep_ratio=share).blocks(num_tiles)
-
-
-def _renumbered(record: AttentionRecord | None, steps: Sequence[int]) -> AttentionRecord | None:
-    """The recorder counts the forwards that it saw; their steps in the generation are these."""
-    if record is None:
-        return None
-    return replace(
-        record,
-        steps={steps[at]: timestep for at, timestep in record.steps.items()},
-        calls={(steps[at], layer): call for (at, layer), call in record.calls.items()},
-    )
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:

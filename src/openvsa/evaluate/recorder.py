@@ -67,10 +67,9 @@ class AttentionRecord:
 class AttentionRecorder:
     """Stores the kept tiles and the pooled attention of the chosen denoising steps: `handle.on_attention(recorder)`.
 
-    A denoising step begins whenever the timestep changes; steps count from 0. Within a step the first call of a layer
-    is stored (a pipeline with guidance calls each layer more than once). The record holds at most `max_bytes`; calls
-    beyond that are counted, not stored. A large model is recorded in part: `layers` are the layers to store, None all
-    of them, and `max_heads` is how many heads of each, evenly chosen.
+    Within a step the first call of a layer is stored (a pipeline with guidance calls each layer more than once). The
+    record holds at most `max_bytes`; calls beyond that are counted, not stored. A large model is recorded in part:
+    `layers` are the layers to store, None all of them, and `max_heads` is how many heads of each, evenly chosen.
     """
 
     def __init__(
@@ -85,7 +84,6 @@ class AttentionRecorder:
         self._chosen_layers = None if layers is None else frozenset(layers)
         self._max_heads = max_heads
         self._max_bytes = max_bytes
-        self._step, self._timestep = -1, None
         self._layout: TileLayout | None = None
         self._heads: tuple[int, ...] = ()
         self._steps: dict[int, float] = {}
@@ -100,10 +98,8 @@ class AttentionRecorder:
             ShapeError: the lattice differs from that of the calls before.
             OpenVSAError: not even one call fits in `max_bytes`.
         """
-        if event.timestep != self._timestep:
-            self._step, self._timestep = self._step + 1, event.timestep
-        key = (self._step, event.layer)
-        if self._step not in self._chosen or key in self._calls:
+        key = (event.step, event.layer)
+        if event.step not in self._chosen or key in self._calls:
             return
         if self._chosen_layers is not None and event.layer not in self._chosen_layers:
             return
@@ -121,7 +117,7 @@ class AttentionRecorder:
             self._left_out += 1
             return
         self._num_bytes += call.num_bytes
-        self._steps[self._step] = event.timestep
+        self._steps[event.step] = event.timestep
         self._layers[event.layer] = event.name
         self._calls[key] = call
 

@@ -27,6 +27,8 @@ from openvsa.select import PooledTopK, ReleasedVSA, Selector, pool_mean, select_
 
 __all__ = ["LearnedBranch", "add_branch", "check_settings", "load_branch", "remove_branch", "warn_without_branch"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def add_branch(transformer: Any) -> None:
     """Give every self-attention of a Wan transformer a branch weight that is zero: the model computes what it did.
@@ -42,10 +44,10 @@ def add_branch(transformer: Any) -> None:
             raise OpenVSAError(f"{name} has branch weights already; use them, or remove_branch first")
     for name, attn in _attentions(transformer):
         like: Tensor = attn.to_q.weight
-        if not like.is_floating_point() or like.device.type == "meta":
+        if like.dtype not in _DTYPES or like.device.type == "meta":
             raise OpenVSAError(
-                f"{name}.to_q.weight is {like.dtype} on {like.device}; add branch weights to a model in a "
-                "floating-point dtype, before it is quantized or offloaded"
+                f"{name}.to_q.weight is {like.dtype} on {like.device}; add branch weights to a model in one of "
+                f"{', '.join(map(str, _DTYPES))}, before it is quantized, cast layer by layer, or offloaded"
             )
         linear = nn.Linear(attn.to_q.in_features, attn.to_q.out_features, device=like.device, dtype=like.dtype)
         for parameter in linear.parameters():
@@ -106,8 +108,7 @@ def _attentions(transformer: Any) -> list[tuple[str, Any]]:
     if not isinstance(transformer, wan.WanTransformer3DModel):
         raise UnsupportedError(
             f"branch weights are for WanTransformer3DModel, got {type(transformer).__name__}; of a pipeline give the "
-            "transformer",
-            {},
+            "transformer"
         )
     layers = [(f"blocks.{index}.attn1", block.attn1) for index, block in enumerate(transformer.blocks)]
     for name, attn in layers:
@@ -124,10 +125,10 @@ def check_settings(config: SparsityConfig, branch: bool) -> None:
         BudgetError: the selector decides by itself how many tiles are kept, and the settings say otherwise.
     """
     if branch and config.reuse_steps > 1:
-        raise UnsupportedError("plans cannot be reused with a compressed branch; leave reuse_steps at 1", {})
+        raise UnsupportedError("plans cannot be reused with a compressed branch; leave reuse_steps at 1")
     if config.q_tiles and (branch or isinstance(config.selector, ReleasedVSA)):
         raise UnsupportedError(
-            f"a compressed branch has one query block for each tile; leave out q_tiles, got {config.q_tiles}", {}
+            f"a compressed branch has one query block for each tile; leave out q_tiles, got {config.q_tiles}"
         )
     if isinstance(config.selector, ReleasedVSA):
         config.selector.check(config.base)
@@ -189,7 +190,7 @@ class LearnedBranch:
         """
         if isinstance(selector, ReleasedVSA):
             if scale not in (None, q.shape[-1] ** -0.5):
-                raise UnsupportedError(f"the released VSA weights have the scale 1 / sqrt(head_dim), got {scale}", {})
+                raise UnsupportedError(f"the released VSA weights have the scale 1 / sqrt(head_dim), got {scale}")
             return released_attention(q, k, v, weight.to(q.dtype), layout, selector, backend=backend)
         q_means, k_means, v_means = (pool_mean(x, layout.blocks) for x in (q, k, v))
         if isinstance(budget, tuple):

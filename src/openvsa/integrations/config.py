@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import openvsa.select as selectors
-from openvsa.config import Budget
+from openvsa.config import Budget, is_number
 from openvsa.errors import BudgetError, OpenVSAError, require
 from openvsa.integrations.presets import PRESETS
 from openvsa.ops.registry import backends
@@ -84,15 +84,21 @@ class SparsityConfig:
             if not _is_whole(value, least):
                 raise OpenVSAError(f"{name} must be a whole number >= {least}, got {value!r}")
         self._check_types()
-        layers = {name: tuple(of) if isinstance(of, list | tuple) else of for name, of in self.layers.items()}
+        # Floats of Python's own, which files can hold.
+        layers = {
+            name: tuple(map(float, of)) if isinstance(of, list | tuple) else float(of)
+            for name, of in self.layers.items()
+        }
         object.__setattr__(self, "layers", MappingProxyType(layers))
-        object.__setattr__(self, "steps", MappingProxyType(dict(self.steps)))
+        object.__setattr__(self, "steps", MappingProxyType({step: float(of) for step, of in self.steps.items()}))
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         object.__setattr__(self, "tile", None if self.tile is None else tuple(self.tile))
         object.__setattr__(self, "q_tiles", tuple(self.q_tiles))
         # Budgets check their numbers, and are made once: compiled code then sees the same objects in every forward.
         base = Budget(keep_ratio=self.density) if self.budget is None else self.budget
         object.__setattr__(self, "_base", base)
+        if self.density is not None:
+            object.__setattr__(self, "density", base.keep_ratio)
         by_step = {step: self._of(share) for step, share in self.steps.items()}
         object.__setattr__(self, "_by_step", by_step)
         object.__setattr__(self, "_by_layer", {name: self._of(share) for name, share in layers.items()})
@@ -113,9 +119,12 @@ class SparsityConfig:
             "tile": self.tile is None or (_is_list(self.tile) and all(_is_whole(side, 1) for side in self.tile)),
             "q_tiles": _is_list(self.q_tiles) and all(_is_whole(side, 1) for side in self.q_tiles),
             "steps": isinstance(self.steps, Mapping)
-            and all(_is_whole(step, 0) and not _is_list(of) for step, of in self.steps.items()),
+            and all(_is_whole(step, 0) and is_number(of) for step, of in self.steps.items()),
             "layers": isinstance(self.layers, Mapping)
-            and all(isinstance(name, str) and (not _is_list(of) or of) for name, of in self.layers.items()),
+            and all(
+                isinstance(name, str) and (len(of) > 0 and all(map(is_number, of)) if _is_list(of) else is_number(of))
+                for name, of in self.layers.items()
+            ),
             "dense_layers": _is_list(self.dense_layers)
             and all(isinstance(layer, str) or _is_whole(layer) for layer in self.dense_layers),
             "selector": callable(self.selector) and not isinstance(self.selector, type),
@@ -320,7 +329,7 @@ def _is_whole(value: Any, least: int | None = None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
     return isinstance(value, list | tuple)
 
 
@@ -343,7 +352,7 @@ def _selector_to_dict(selector: Selector) -> dict[str, Any]:
 def _selector_from_dict(values: Mapping[str, Any]) -> Selector:
     values = dict(values) if isinstance(values, Mapping) else {"name": values}
     name = values.pop("name", None)
-    known = [one for one in selectors.__all__ if dataclasses.is_dataclass(getattr(selectors, one))]
+    known = [one for one in selectors.__all__ if "__call__" in vars(getattr(selectors, one))]
     if name not in known:
         raise OpenVSAError(
             f"the selector must have the name of one of openvsa.select ({', '.join(known)}), got {name!r}"

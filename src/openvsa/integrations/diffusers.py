@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from openvsa.config import Budget
-from openvsa.errors import BudgetError, OpenVSAError, ShapeError, UnsupportedError
+from openvsa.errors import BudgetError, OpenVSAError, UnsupportedError
 from openvsa.integrations.branch import LearnedBranch, check_settings, warn_without_branch
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, family_of
@@ -24,10 +24,10 @@ from openvsa.integrations.intercept import SparseProcessor, wrap
 from openvsa.integrations.report import AttentionCallback, SparsityReport
 from openvsa.integrations.session import Session
 from openvsa.integrations.site import Site
-from openvsa.integrations.steps import timesteps_of, weakly
+from openvsa.integrations.steps import weakly
 from openvsa.select import BudgetTable, PooledTopK, Selector
 
-__all__ = ["SparseHandle", "SparsityConfig", "attach", "observe", "sparsify"]
+__all__ = ["SparseHandle", "SparsityConfig", "observe", "sparsify"]
 
 
 def sparsify(
@@ -89,7 +89,7 @@ def sparsify(
             config = SparsityConfig.of_table(table, **given)
         else:
             config = SparsityConfig(density=density, budget=table, **given)
-    return attach(model, config, measure=measure)
+    return _attach(model, config, measure=measure)
 
 
 def observe(model: Any, *, tile: tuple[int, ...] | None = None) -> SparseHandle:
@@ -98,10 +98,10 @@ def observe(model: Any, *, tile: tuple[int, ...] | None = None) -> SparseHandle:
     Raises:
         UnsupportedError, OpenVSAError: as in `sparsify`.
     """
-    return attach(model, None, tile=tile)
+    return _attach(model, None, tile=tile)
 
 
-def attach(
+def _attach(
     model: Any,
     config: SparsityConfig | None,
     *,
@@ -215,6 +215,7 @@ class SparseHandle:
         while self._restore:
             self._restore.pop()()
         self._session.plans.clear()
+        self._session.forward, self._sites = None, []  # a report is about the model, but does not keep it
 
     def __enter__(self) -> SparseHandle:
         return self
@@ -228,11 +229,11 @@ def _settle(session: Session, sites: list[Site], names: list[str], config: Spars
     if config is not None:
         dense = config.check_layers(names)
         check_settings(config, session.branch is not None)
-        if config.dense_last_steps and timesteps_of(session.pipeline()) is None:
+        # Some schedulers have timesteps only when a generation has begun.
+        if config.dense_last_steps and not hasattr(getattr(session.pipeline(), "scheduler", None), "timesteps"):
             raise UnsupportedError(
                 "dense_last_steps needs to know how many steps there are: give sparsify the pipeline, whose scheduler "
-                "has the timesteps, not its transformer",
-                {},
+                "has the timesteps, not its transformer"
             )
         for site in sites:
             heads, _ = site.family.heads(site.transformer)
@@ -273,13 +274,15 @@ def _transformers(model: Any) -> list[tuple[str, Any]]:
         for prefix, name in (("", "transformer"), ("transformer_2.", "transformer_2"))
     ]
     found = [(prefix, getattr(one, "_orig_mod", one)) for prefix, one in found if one is not None]
+    if len(found) == 2 and found[0][1] is found[1][1]:  # one model for all noise levels
+        found.pop()
     if not found and hasattr(model, "transformer"):
         raise OpenVSAError(
             f"the transformer of this {type(model).__name__} is not there yet: load it first (load_components(), for a "
             "modular pipeline)"
         )
     if not found:
-        raise ShapeError(
+        raise UnsupportedError(
             f"expected a Diffusers pipeline with a transformer, or a transformer, got {type(model).__name__}"
         )
     return found

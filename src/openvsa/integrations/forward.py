@@ -41,6 +41,8 @@ class Forward:
     device: torch.device
     config: SparsityConfig | None  # the settings it began with, which its backward pass may need after others were set
     thread: int = 0  # the one that it runs in; 0 for any
+    step: int = 0  # the denoising step, where something asks
+    over: bool = False  # its layers are not to run but in its backward pass
     entered: TileLayout | None = None  # of what the entries put in block order; None where the order stays
     left: TileLayout | None = None  # of what the exit puts back
     valid: Tensor | None = field(init=False, default=None)  # [B, S], False for padded text; None without any to mask
@@ -96,8 +98,7 @@ class Forward:
             raise UnsupportedError(
                 "a compiled layer got an attention mask that is not that of padded text with "
                 f"{self.sequence.text_lengths} valid tokens, so the output of this forward is wrong; only masks of "
-                "padded text can be honoured by sparse attention. Leave such layers dense with dense_layers",
-                {},
+                "padded text can be honoured by sparse attention. Leave such layers dense with dense_layers"
             )
 
     def check_thread(self) -> None:

@@ -37,7 +37,7 @@ Attend = Callable[..., Tensor]
     reason="sparse attention refuses a call; compile without fullgraph=True, and the error says why"
 )
 def raise_unsupported(reason: str) -> NoReturn:
-    raise UnsupportedError(reason, {})
+    raise UnsupportedError(reason)
 
 
 class Interception(TorchFunctionMode):
@@ -107,7 +107,7 @@ class SparseProcessor:
         if not self.attached:
             return self.inner(attn, *args, **kwargs)
         forward = session.mine()
-        if forward is None:
+        if forward is None or (forward.over and not torch.compiler.is_compiling()):
             raise OpenVSAError(f"{self.name} ran outside its transformer's forward, so its lattice is not known")
         if _attends_to_nothing(attn):
             return self.inner(attn, *args, **kwargs)
@@ -115,7 +115,7 @@ class SparseProcessor:
         if dense and not session.watches():
             return self.inner(attn, *args, **kwargs)
         if not dense and getattr(self.inner, "_parallel_config", None) is not None:
-            raise UnsupportedError(f"{self.name} runs under context parallelism, which is not supported yet", {})
+            raise UnsupportedError(f"{self.name} runs under context parallelism, which is not supported yet")
         hidden_states = args[0] if args else kwargs.get("hidden_states")
         # What is made of such a mask is one of padded text, too.
         text_mask: Tensor | None = kwargs.get(self.family.pair_mask)
@@ -166,7 +166,7 @@ class SparseProcessor:
             return
         names = call_names(type(self.inner))
         arguments = {**dict(zip(names[: 1 + len(args)], (attn, *args)[: len(names)], strict=True)), **kwargs}
-        if self.family.without_attention((), arguments):
+        if self.family.without_attention(arguments):
             return
         backend = getattr(self.inner, "_attention_backend", None)
         said = f"the attention backend {getattr(backend, 'value', backend)!r}" if backend else "its attention backend"
@@ -209,8 +209,7 @@ def wrap(inner: Any, layer: int, name: str, family: Family, session: Session) ->
     if isinstance(inner, nn.Module):
         raise UnsupportedError(
             f"{name} has the processor {type(inner).__name__} with weights of its own (an IP-Adapter, say), which "
-            "would leave the model's modules; unload it first",
-            {},
+            "would leave the model's modules; unload it first"
         )
     return _wrapper(type(inner))(inner, layer, name, family, session)
 

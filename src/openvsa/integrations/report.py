@@ -19,11 +19,13 @@ class AttentionEvent:
 
     q [B, S, H, D] and k, v [B, S, Hkv, D] are in block order, after QK-norm and RoPE; `plan` is None for dense
     attention; `seconds` is the time of attention alone: permuting, selecting and attending, not the projections.
-    Samples whose text differs in length make an event each.
+    Samples whose text differs in length make an event each. `step` counts the denoising steps of a generation from 0,
+    as for settings that depend on it; `timestep` is what the transformer was given.
     """
 
     layer: int
     name: str
+    step: int
     timestep: float
     layout: TileLayout
     plan: BlockPlan | None

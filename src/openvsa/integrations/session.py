@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from openvsa.config import Budget
 from openvsa.errors import OpenVSAError, ShapeError
+from openvsa.integrations.branch import LearnedBranch
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Sequence
 from openvsa.integrations.forward import Forward, Part
@@ -27,33 +28,9 @@ from openvsa.layout.keep import fakes_are_on
 from openvsa.layout.shelf import kept_layout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
-from openvsa.select import PooledTopK, Selector, permute_pool_all, select_by_head
+from openvsa.select import PooledTopK, permute_pool_all, select_by_head
 
-__all__ = ["Branch", "Session", "captures_graph"]
-
-
-class Branch(Protocol):
-    """A compressed branch beside the sparse one, for models that were trained with it."""
-
-    def weight(self, attn: nn.Module, hidden_states: Tensor) -> Tensor | None:
-        """The branch weight [B, S, H, D], in the token order of hidden_states [B, S, C]; None where there is none."""
-        ...
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weight: Tensor,
-        layout: TileLayout,
-        budget: Budget | tuple[Budget, ...],
-        selector: Selector,
-        *,
-        scale: float | None,
-        backend: str,
-    ) -> tuple[Tensor, BlockPlan]:
-        """Both branches together: [B, S, H, D] and the plan of the sparse one. All tensors are in block order."""
-        ...
+__all__ = ["Session", "captures_graph"]
 
 
 def captures_graph() -> bool:
@@ -68,7 +45,7 @@ class Session:
     config: SparsityConfig | None
     tile: tuple[int, ...] | None
     measure: bool
-    branch: Branch | None = None
+    branch: LearnedBranch | None = None
     pipeline: Callable[[], Any] = lambda: None
     callbacks: list[AttentionCallback] = field(default_factory=list)
     tallies: dict[int, Tally] = field(default_factory=dict)
@@ -185,7 +162,9 @@ class Session:
         outs: list[Tensor] = []
         plans: list[tuple[float, BlockPlan]] = []
         for number, one in enumerate(parts):
-            place = index if forward.sequence.per_sample else number
+            # With the batch: FasterCache runs a part of it in some steps, inside of the model's own forward.
+            batch = 0 if hidden_states is None else len(hidden_states)
+            place = (index if forward.sequence.per_sample else number, batch)
             mine_q, mine_k, mine_v = (one.samples(x) for x in (q, k, v))
             mine_weight = None if weight is None else one.samples(weight)
             clock = Clock(query) if watching else None
@@ -213,7 +192,7 @@ class Session:
         processor: SparseProcessor,
         layout: TileLayout,
         budget: Budget | tuple[Budget, ...],
-        place: int,
+        place: tuple[int, int],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -339,8 +318,9 @@ class Session:
         assert forward is not None
         when = float(forward.timestep.max()) if forward.timestep is not None else float("nan")
         event = AttentionEvent(
-            processor.layer, processor.name, when, layout, plan, q.detach(), k.detach(), v.detach(), seconds
-        )
+            processor.layer, processor.name, forward.step, when, layout, plan, q.detach(), k.detach(), v.detach(),
+            seconds,
+        )  # fmt: skip
         self.telling = True
         try:
             for callback in self.callbacks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
 from collections.abc import Iterator
@@ -17,12 +18,11 @@ from openvsa.errors import OpenVSAError, UnsupportedError
 from openvsa.integrations.break_even import objection, share_of
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.families import Family, Hoist, Sequence
-from openvsa.integrations.families.base import forward_names
 from openvsa.integrations.forward import Forward, Part
 from openvsa.integrations.intercept import SparseProcessor
 from openvsa.integrations.reuse import Kept
 from openvsa.integrations.session import Session, captures_graph
-from openvsa.integrations.steps import count_steps, place_of, running_pipeline, timesteps_of, warn_if_all_dense
+from openvsa.integrations.steps import running_pipeline, timesteps_of, warn_if_all_dense
 from openvsa.layout import TileLayout
 from openvsa.torch_op import check_visible
 
@@ -37,7 +37,7 @@ _COMPILED_STEPS = (
 # Outside of what is compiled: not every Dynamo can trace the making of an error.
 @torch.compiler.disable(reason=_COMPILED_STEPS)
 def _refuse_compiled_steps() -> NoReturn:
-    raise UnsupportedError(_COMPILED_STEPS, {})
+    raise UnsupportedError(_COMPILED_STEPS)
 
 
 @torch.compiler.disable(reason="whether masks are those of padded text is told by their values")
@@ -72,14 +72,19 @@ class Site:
     dense_layers: frozenset[int] = frozenset()
     told: bool = False
     processors: list[SparseProcessor] = field(init=False)
-    names: tuple[str, ...] = field(init=False)
+    names: tuple[str, ...] = field(init=False)  # of the arguments of the transformer's forward
+    required: frozenset[str] = field(init=False)  # those of them that have no default
     places: tuple[tuple[str, nn.Module], ...] = field(init=False)  # names in the transformer, and what has the hooks
     modules: tuple[nn.Module, ...] = field(init=False)  # all of the transformer
 
     def __post_init__(self) -> None:
         self.processors = [processor for _, processor in self.attentions]
         # The class's own forward: offloading hooks put another on the instance.
-        self.names = forward_names(type(self.transformer))
+        parameters = list(inspect.signature(type(self.transformer).forward).parameters.values())[1:]
+        self.names = tuple(one.name for one in parameters)
+        self.required = frozenset(
+            one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+        )
         hooked = () if self.hoist is None else (self.hoist.exit[0], *(module for module, _, _ in self.hoist.entries))
         self.places = tuple(
             (name, module) for name, module in self.transformer.named_modules() if any(module is one for one in hooked)
@@ -95,19 +100,21 @@ class Site:
         if session.config is not None:
             check_visible("sparse attention")
         arguments = {**dict(zip(self.names[: len(args)], args[: len(self.names)], strict=True)), **kwargs}
-        sequence = self.family.sequence(module, (), arguments)
-        timestep = self.family.timestep((), arguments)
+        if len(args) > len(self.names) or not self.required <= arguments.keys():
+            return None  # the transformer says itself what is wrong with such a call
+        sequence = self.family.sequence(module, arguments)
+        timestep = self.family.timestep(arguments)
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         thread = 0 if torch.compiler.is_compiling() else get_ident()
         parts = self._parts(sequence, device)
         session.forward = forward = Forward(sequence, parts, timestep, device, session.config, thread)
-        condition, variant = self.family.condition((), arguments), self.family.variant((), arguments)
+        condition, variant = self.family.condition(arguments), self.family.variant(arguments)
         dense = self._decide(sequence, timestep, condition, variant, device)
         for attn, processor in () if dense else self.attentions:
             processor.check_place(attn)
         if dense or self.hoist is None or self._has_cache():
             return None
-        if self.family.needs_raster_order((), arguments):
+        if self.family.needs_raster_order(arguments):
             return None
         if any(module.get_submodule(name) is not place for name, place in self.places):
             # A LoRA has wrapped it since, and adds to what its hook returns.
@@ -138,6 +145,8 @@ class Site:
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the transformer."""
         forward, found = self.session.mine(), []
+        if forward is not None and not torch.compiler.is_compiling():
+            forward.over = True
         if forward is not None and forward.unread:
             _check_masks(forward)
         for processor in self.processors:
@@ -159,7 +168,7 @@ class Site:
                 )
             self.session.forward = forward
             if forward is not None:
-                forward.thread = 0  # autograd has threads of its own
+                forward.over, forward.thread = False, 0  # autograd has threads of its own
             for processor, (budget, why_dense, kept) in zip(self.processors, found, strict=True):
                 processor.budget, processor.why_dense, processor.kept = budget, why_dense, kept
 
@@ -223,18 +232,21 @@ class Site:
         device: torch.device,
     ) -> bool:
         """Give every layer its budget and its kept plans for this forward. True if all layers stay dense."""
-        session, config = self.session, self.session.config
+        session, config, forward = self.session, self.session.config, self.session.forward
+        assert forward is not None
         step, num_steps, kept = 0, None, None
-        if config is None:
-            return True
-        if config.needs_steps:
+        if config is not None and config.needs_steps:
             step, num_steps = self._step(config, sequence, timestep)
             if config.reuse_steps > 1:
                 variant = (*variant, *(found for found in self._hooks() if found[1] == _WEAKER))
-                about = (sequence, None if condition is None else condition.shape[0], id(self.transformer))
+                batch = None if condition is None else condition.shape[0]
+                about = (sequence, batch, id(self.transformer), config.steps.get(step))
                 kept = session.plans.of(condition, variant, about, step, config.reuse_steps)
-        forward = session.forward
-        assert forward is not None
+        elif session.callbacks and session.watches() and timestep is not None:
+            self._tick(sequence, timestep)
+        forward.step = max(session.clock.step, 0)
+        if config is None:
+            return True
         layout = forward.parts[0].layout
         for processor in self.processors:
             found = "it is one of dense_layers"
@@ -274,25 +286,28 @@ class Site:
             raise UnsupportedError(
                 "settings that depend on the denoising step are decided on the host in every forward, and the replays "
                 "of a CUDA graph would stay with those of the step it was captured in, and with its plans. Leave out "
-                "steps, dense_first_steps, dense_last_steps and reuse_steps, or capture no graph",
-                {},
+                "steps, dense_first_steps, dense_last_steps and reuse_steps, or capture no graph"
             )
         if timestep is None:
-            raise UnsupportedError(f"{self.family.name} has no timestep, so its settings cannot depend on the step", {})
+            raise UnsupportedError(f"{self.family.name} has no timestep, so its settings cannot depend on the step")
         if self.transformer.training and torch.is_grad_enabled():
             raise UnsupportedError(
                 "settings that depend on the denoising step are for generation; training draws timesteps at random. "
-                "Call transformer.eval(), or leave out steps, dense_first_steps, dense_last_steps and reuse_steps",
-                {},
+                "Call transformer.eval(), or leave out steps, dense_first_steps, dense_last_steps and reuse_steps"
             )
-        session = self.session
+        begins, pipeline = self._tick(sequence, timestep)
+        clock = self.session.clock
+        if begins:
+            self.session.plans.clear()
+            if timesteps_of(pipeline) is not None:
+                warn_if_all_dense(config, clock.count(pipeline))
+        return clock.step, clock.count(pipeline) if config.dense_last_steps else None
+
+    def _tick(self, sequence: Sequence, timestep: Tensor) -> tuple[bool, Any]:
+        """Let the clock take note of this forward: whether it begins a generation, and the pipeline with the scheduler.
+        Waits for the device."""
+        running = running_pipeline(self.transformer)
         # In a loop of the user's own the pipeline that was given has the scheduler.
-        pipeline = running_pipeline(self.transformer) or session.pipeline()
-        timesteps, place = timesteps_of(pipeline), place_of(pipeline)
-        exact = None if timesteps is None or place is None else float(timesteps[place])
-        if session.clock.tick(float(timestep.max()), sequence.grid, timesteps, exact):
-            session.plans.clear()
-            if timesteps is not None:
-                warn_if_all_dense(config, pipeline)
-        step = session.clock.step
-        return step, count_steps(pipeline, step) if config.dense_last_steps else None
+        pipeline = running or self.session.pipeline()
+        level = float(timestep.max())
+        return self.session.clock.tick(level, sequence.grid, pipeline, running=running is not None), pipeline

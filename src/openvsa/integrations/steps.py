@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from openvsa.errors import UnsupportedError
+from openvsa.errors import UnsupportedError, require
 
 if TYPE_CHECKING:
     from openvsa.integrations.config import SparsityConfig
 
 __all__ = [
-    "Branches",
     "StepClock",
-    "count_steps",
-    "place_of",
     "running_pipeline",
     "timesteps_of",
     "warn_if_all_dense",
@@ -41,26 +38,57 @@ class StepClock:
         self._timestep: float | None = None
         self._grid: tuple[int, ...] | None = None
         self._schedule: weakref.ref[Tensor] | None = None
+        self._timesteps: list[float] = []
 
-    def tick(
-        self, level: float, grid: tuple[int, ...], schedule: Tensor | None = None, timestep: float | None = None
-    ) -> bool:
+    def tick(self, level: float, grid: tuple[int, ...], pipeline: Any = None, *, running: bool = False) -> bool:
         """Take note of a forward; True if it begins a generation.
 
-        `schedule` is the timesteps of the scheduler, if there is one. Pipelines make them anew for every generation,
-        which tells one that begins at a low noise level from the rest of one that was interrupted. `timestep` is the
-        one that the scheduler is at, if it says.
+        `pipeline` has the scheduler, if there is one, and is `running` if it makes this forward. Pipelines make
+        timesteps anew for every generation, which tells one that begins at a low noise level from the rest of one that
+        was interrupted. A running one says which step it is at, where this is the first forward of its second
+        transformer, or a handle was made between its steps; and a change of lattice does not begin it anew.
         """
-        fresh = self._level is None or level > self._level or grid != self._grid
-        if schedule is not None and (self._schedule is None or self._schedule() is not schedule):
-            fresh = True
-            self._schedule = weakref.ref(schedule)
-        if fresh:
-            self.step = 0
+        schedule, place = timesteps_of(pipeline), place_of(pipeline)
+        other = schedule is not None and (self._schedule is None or self._schedule() is not schedule)
+        if schedule is not None and other:
+            self._schedule, self._timesteps = weakref.ref(schedule), schedule.tolist()
+        timestep = None if place is None else self._timesteps[place]
+        rises = self._level is None or level > self._level
+        if fresh := other or rises or (grid != self._grid and not (running and place is not None)):
+            done = self._timesteps[_begin(pipeline) : place + 1] if other and running and place is not None else [0.0]
+            self.step = len(set(done)) - 1
         elif (level, timestep) != (self._level, self._timestep):
             self.step += 1
         self._level, self._timestep, self._grid = level, timestep, grid
         return fresh
+
+    def count(self, pipeline: Any) -> int:
+        """Denoising steps of the generation that was noted last, which `pipeline` is at.
+
+        Raises:
+            UnsupportedError: the pipeline, or its scheduler, is gone.
+        """
+        if timesteps_of(pipeline) is None:
+            raise UnsupportedError(
+                "dense_last_steps needs the pipeline given to sparsify, but it, or its scheduler, is gone; keep it"
+            )
+        end = len(self._timesteps) - (type(pipeline).__name__ in _LEAVE_OUT_THE_LAST)
+        # What the scheduler says holds also for a pipeline of modular blocks.
+        if self.step and (place := place_of(pipeline)) is not None:
+            return self.step + len(set(self._timesteps[place:end]))
+        return len(set(self._timesteps[_begin(pipeline) : end]))
+
+
+# Pipelines that make no step of the last of their timesteps.
+_LEAVE_OUT_THE_LAST = ("LTXI2VLongMultiPromptPipeline",)
+
+
+def _begin(pipeline: Any) -> int:
+    """Where in its timesteps a pipeline begins. Video to video begins midway: Diffusers' pipelines have the number of
+    those that are left."""
+    timesteps = timesteps_of(pipeline)
+    assert timesteps is not None
+    return len(timesteps) - (getattr(pipeline, "num_timesteps", None) or len(timesteps))
 
 
 def weakly(model: Any) -> Callable[[], Any]:
@@ -77,17 +105,21 @@ def running_pipeline(transformer: Any) -> Any:
     Pipelines may share a transformer, and only the one that runs has the scheduler that counts. Nothing that a forward
     is given says which one that is, so it is looked for among the callers.
     """
+    diffusers = require("diffusers", extra="diffusers")
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",):
-            owner = frame.f_locals.get("self")
-            # Of other classes nothing is asked, which might be a property that does something.
-            if any(kind.__module__.startswith("diffusers.") for kind in type(owner).__mro__):
-                parts = [getattr(owner, name, None) for name in ("transformer", "transformer_2", "scheduler")]
-                if any(getattr(part, "_orig_mod", part) is transformer for part in parts[:2]) and parts[2] is not None:
-                    return owner
+        # Of other frames nothing is read: until Python 3.13 that would keep their variables for as long as they run.
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+        if isinstance(owner, diffusers.DiffusionPipeline | diffusers.ModularPipeline) and _serves(owner, transformer):
+            return owner
         frame = frame.f_back
     return None
+
+
+def _serves(pipeline: Any, transformer: Any) -> bool:
+    """Whether a pipeline has this transformer, and a scheduler."""
+    parts = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
+    return timesteps_of(pipeline) is not None and any(getattr(one, "_orig_mod", one) is transformer for one in parts)
 
 
 def timesteps_of(pipeline: Any) -> Tensor | None:
@@ -102,59 +134,11 @@ def place_of(pipeline: Any) -> int | None:
     return None if timesteps is None or at is None or at >= len(timesteps) else at
 
 
-def count_steps(pipeline: Any, step: int = 0) -> int:
-    """How many steps the generation has that a pipeline is at, in step `step`.
-
-    Raises:
-        UnsupportedError: the pipeline, or its scheduler, is gone.
-    """
-    timesteps = timesteps_of(pipeline)
-    if timesteps is None:
-        raise UnsupportedError(
-            "dense_last_steps needs the pipeline given to sparsify, but it, or its scheduler, is gone; keep it", {}
-        )
-    # What the scheduler says holds also for a pipeline of modular blocks.
-    if step and (at := place_of(pipeline)) is not None:
-        return step + len(timesteps[at:].unique())
-    # Video to video begins midway: Diffusers' pipelines have the number of those that are left.
-    left = getattr(pipeline, "num_timesteps", None) or len(timesteps)
-    return len(timesteps[-left:].unique())
-
-
-def warn_if_all_dense(config: SparsityConfig, pipeline: Any) -> None:
-    """Say so if no step of the generation that a pipeline begins will be sparse, as with a preset for 50 steps in a
-    pipeline of 4."""
-    steps = count_steps(pipeline)
+def warn_if_all_dense(config: SparsityConfig, steps: int) -> None:
+    """Say so if none of so many steps will be sparse, as with a preset for 50 steps in a pipeline of 4."""
     if config.dense_first_steps + config.dense_last_steps >= steps:
         warnings.warn(
             f"all {steps} steps of this generation stay dense: dense_first_steps is {config.dense_first_steps} and "
             f"dense_last_steps {config.dense_last_steps}; SparsityConfig.preset takes the number of steps",
             stacklevel=2,
         )
-
-
-class Branches:
-    """Something kept for each branch of guidance, found by the tensor that conditions the branch, and by what else
-    tells it from others with the same tensor."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Any]] = []
-
-    def find(self, condition: Tensor | None, variant: tuple[Any, ...]) -> Any:
-        """What is kept for this very tensor, or None."""
-        self._kept = [entry for entry in self._kept if entry[0]() is not None]
-        if condition is None:
-            return None
-        return next((value for ref, of, value in self._kept if ref() is condition and of == variant), None)
-
-    def keep(self, condition: Tensor | None, variant: tuple[Any, ...], value: Any) -> None:
-        """Keep `value` for as long as the tensor lives; without one nothing is kept, as branches cannot be told."""
-        if condition is not None:
-            self._kept = [entry for entry in self._kept if entry[0]() is not condition or entry[1] != variant]
-            self._kept.append((weakref.ref(condition, self._forget), variant, value))
-
-    def _forget(self, gone: weakref.ref[Tensor]) -> None:
-        self._kept = [entry for entry in self._kept if entry[0] is not gone]
-
-    def clear(self) -> None:
-        self._kept.clear()

@@ -74,8 +74,10 @@ class Tally:
             self.requested += sum(share for share in shares if share is not None) / len(shares)
         for samples, plan in plans:
             delivered = plan.kv_num_blocks.mean(dtype=torch.float32) / plan.kv_blocks.num_blocks
-            self.delivered = self.delivered + samples * delivered
-            self.executed = self.executed + samples * (delivered if _all_alike(plan) else _pairs_share(plan))
+            executed = delivered if _all_alike(plan) else _pairs_share(plan)
+            # In fp32 the sums of a server that runs for long would stand still.
+            self.delivered = self.delivered + samples * delivered.double()
+            self.executed = self.executed + samples * executed.double()
 
     def time(self, clock: Clock) -> None:
         if clock.events:

@@ -75,7 +75,7 @@ def video_sparse_attention(
     selector = PooledTopK(scale) if selector is None else selector
     ours = type(selector) is PooledTopK
     if not ours and (not callable(selector) or isinstance(selector, type)):
-        raise UnsupportedError(f"selector must be an object to call, such as PooledTopK(), got {selector!r}", {})
+        raise UnsupportedError(f"selector must be an object to call, such as PooledTopK(), got {selector!r}")
     # Means come with the permutation, in one pass, where something needs them.
     branch = branch_weight is not None
     (q, k, v), pooled = permute_pool_all(q, k, v, layout, pool=ours or branch)

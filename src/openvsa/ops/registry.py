@@ -34,7 +34,7 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     """
     known = {backend.name: backend for backend in backends()}
     if name != "auto" and name not in list(known):  # a list, for what has no hash
-        raise UnsupportedError(f"there is no backend {name!r}; choose 'auto' or one of {', '.join(known)}", {})
+        raise UnsupportedError(f"there is no backend {name!r}; choose 'auto' or one of {', '.join(known)}")
     reasons = {}
     for backend in known.values() if name == "auto" else [known[name]]:
         reasons[backend.name] = backend.unsupported_reasons(problem)

@@ -49,9 +49,10 @@ def _tell(key, threshold):
 
 
 @triton.jit
-def _store_kept(indices, column, told, before, wanted):
-    """All above the threshold, and of those equal to it the first, as many as are still `wanted`; `before`: what the
-    columns before these sum up to."""
+def _store_kept(indices, column, told, before, every, width):
+    """All above the threshold, and of those equal to it the first, as many as `width` still wants. `before`: what the
+    columns before these sum up to; `every`: what all do."""
+    wanted = width - (every & 0xFFFF)
     so_far = before + tl.cumsum(told, 0)
     equal_so_far = so_far >> 16
     kept = (told == 1) | ((told > 1) & (equal_so_far <= wanted))
@@ -99,12 +100,11 @@ def _top_kernel(
     every = total
     if BLOCK_REST:
         rest_told = _tell(rest_key, threshold)
-        every += tl.sum(rest_told, 0)
-    wanted = width - (every & 0xFFFF)
+        every = total + tl.sum(rest_told, 0)
     indices += row * width
-    _store_kept(indices, column, told, 0, wanted)
+    _store_kept(indices, column, told, 0, every, width)
     if BLOCK_REST:
-        _store_kept(indices, rest, rest_told, total, wanted)
+        _store_kept(indices, rest, rest_told, total, every, width)
     tl.store(counts + row, width)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from openvsa.config import is_number
 from openvsa.errors import BudgetError
 
 __all__ = ["BudgetTable"]
@@ -31,7 +32,8 @@ class BudgetTable:
         tile: the tile it was measured with, along (T, H, W); None where any tile will do.
 
     Raises:
-        BudgetError: there is no layer, a layer has no head, or a density is outside (0, 1].
+        BudgetError: there is no layer, a layer has no head, a density is outside (0, 1], or something is of another
+            type.
     """
 
     density: float
@@ -39,13 +41,25 @@ class BudgetTable:
     tile: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        layers = {name: tuple(float(share) for share in heads) for name, heads in self.layers.items()}
-        object.__setattr__(self, "layers", MappingProxyType(layers))
+        density, layers, tile = self.density, self.layers, self.tile
+        if tile is not None and not (_is_list(tile) and all(type(side) is int for side in tile)):
+            raise BudgetError(f"the tile of a budget table must be whole numbers such as (4, 4, 4) or None, got {tile}")
+        if not isinstance(layers, Mapping) or not all(
+            isinstance(name, str) and _is_list(heads) and all(map(is_number, heads)) for name, heads in layers.items()
+        ):
+            raise BudgetError(
+                f"layers of a budget table must have a list of numbers each, one for each head, got {layers}"
+            )
+        if not is_number(density):
+            raise BudgetError(f"the density of a budget table must be a number, got {density!r}")
         if not layers:
             raise BudgetError("a budget table needs at least one layer, got none")
-        for name, heads in {"density": (self.density,), **layers}.items():
+        for name, heads in {"density": (density,), **layers}.items():
             if not heads or not all(0 < share <= 1 for share in heads):
                 raise BudgetError(f"densities of a budget table must be in (0, 1], got {list(heads)} for {name!r}")
+        object.__setattr__(self, "density", float(density))
+        object.__setattr__(self, "layers", MappingProxyType({n: tuple(map(float, of)) for n, of in layers.items()}))
+        object.__setattr__(self, "tile", None if tile is None else tuple(tile))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle and copies, which cannot take the read-only mapping."""
@@ -93,20 +107,18 @@ class BudgetTable:
                 f"a budget table has {', '.join(_KEYS)} and nothing else, got {', '.join(content)}; other settings "
                 "join it in SparsityConfig.of_table"
             )
-        tile, layers = content["tile"], content["layers"]
-        if tile is not None and not _all(tile, int):
-            raise BudgetError(f"the tile of a budget table must be whole numbers such as [4, 4, 4] or null, got {tile}")
-        if not isinstance(layers, dict) or not all(_all(heads, (int, float)) for heads in layers.values()):
-            raise BudgetError(
-                f"layers of a budget table must have a list of numbers each, one for each head, got {layers}"
-            )
-        if not _all([content["density"]], (int, float)):
-            raise BudgetError(f"the density of a budget table must be a number, got {content['density']!r}")
-        return cls(float(content["density"]), layers, None if tile is None else tuple(tile))
+        return cls(content["density"], content["layers"], content["tile"])
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the table as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the table as JSON.
+
+        Raises:
+            BudgetError: the file cannot be written.
+        """
+        try:
+            Path(path).write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise BudgetError(f"cannot write the budget table {str(path)!r}: {error}") from None
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> BudgetTable:
@@ -122,6 +134,5 @@ class BudgetTable:
         return cls.from_json(text)
 
 
-def _all(values: object, kind: type | tuple[type, ...]) -> bool:
-    """Whether this is a list of numbers of a kind, of which a bool is none."""
-    return isinstance(values, list) and all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
+def _is_list(values: Any) -> bool:
+    return isinstance(values, list | tuple)

@@ -15,13 +15,17 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from diffusers.pipelines.ltx.pipeline_ltx_i2v_long_multi_prompt import LTXI2VLongMultiPromptPipeline
+from diffusers.schedulers import LTXEulerAncestralRFScheduler
 from PIL import Image
 from torch import Tensor
+from transformers import T5Config, T5EncoderModel
 
 import family_checks as checks
 import openvsa
 from openvsa.integrations.families import Sequence
 from openvsa.integrations.families.coordinates import sequence_of_coordinates
+from tiny_pipelines import WORDS, tokenizer
 
 GRID = (3, 4, 6)
 
@@ -139,20 +143,20 @@ def test_conditioning_frames_stay_dense(model: LTXVideoTransformer3DModel) -> No
     ],
 )
 def test_the_lattice_is_read_from_coordinates(lattices: list[tuple[int, int, int, int]], expected: Sequence) -> None:
-    assert sequence_of_coordinates(coordinates(*lattices, batch=2)) == expected
+    assert sequence_of_coordinates(coordinates(*lattices, batch=2), first=False) == expected
 
 
 def test_coordinates_without_a_lattice_are_refused(model: LTXVideoTransformer3DModel) -> None:
     coords = coordinates((0, 3, 4, 6), batch=2)
     with pytest.raises(openvsa.UnsupportedError, match="their rows or frames differ in length"):
-        sequence_of_coordinates(coords[:, :, :-1])
+        sequence_of_coordinates(coords[:, :, :-1], first=False)
     coords[1, 0] += 1
     with pytest.raises(openvsa.UnsupportedError, match="run them one by one"):
-        sequence_of_coordinates(coords)
+        sequence_of_coordinates(coords, first=False)
     with pytest.raises(
         openvsa.UnsupportedError, match=r"expected token coordinates \[batch, 3, tokens\], got \[3, 72\]"
     ):
-        sequence_of_coordinates(coords[0])
+        sequence_of_coordinates(coords[0], first=False)
     with openvsa.sparsify(model, density=0.5), pytest.raises(openvsa.UnsupportedError, match="'num_frames': None"):
         model(**inputs(72, (0,)))
 
@@ -172,6 +176,34 @@ def test_sizes_of_one_beside_coordinates_are_ignored(model: LTXVideoTransformer3
 
     events = checks.events_of(model, run_one, density=0.5)
     assert [event.layout.grid for event in events] == [(3, 4, 6)] * 2
+
+
+@pytest.mark.parametrize("sizes", [{"num_frames": 1, "height": 1, "width": 1}, {}])
+def test_of_two_equal_lattices_one_is_the_video(model: LTXVideoTransformer3DModel, sizes: dict[str, int]) -> None:
+    """In long videos the first, which a guide of its length follows; else the last, which conditions go before."""
+
+    def run_one() -> None:
+        model(**inputs(144, (0,)), video_coords=coordinates((0, 3, 4, 6), (0, 3, 4, 6)), **sizes)
+
+    layouts = [event.layout for event in checks.events_of(model, run_one, density=0.5)]
+    expected = (0, 72) if sizes else (72, 0)
+    assert [(layout.prefix, layout.suffix) for layout in layouts] == [expected] * 2
+
+
+def test_long_videos_leave_out_the_last_timestep(model: LTXVideoTransformer3DModel) -> None:
+    config = T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    parts = {"scheduler": LTXEulerAncestralRFScheduler(), "vae": autoencoder(), "transformer": model}
+    pipe = LTXI2VLongMultiPromptPipeline(**parts, text_encoder=T5EncoderModel(config).eval(), tokenizer=tokenizer())
+    pipe.set_progress_bar_config(disable=True)
+    config = openvsa.SparsityConfig(density=0.3, min_tokens=0, dense_first_steps=1, dense_last_steps=1)
+    events: list[Any] = []
+    with openvsa.sparsify(pipe, config=config) as handle:
+        handle.on_attention(lambda event: events.append(event) if event.layer == 0 else None)
+        pipe(
+            prompt="a cat", guidance_scale=1.0, height=32, width=32, num_frames=17, temporal_tile_size=20,
+            temporal_overlap=8, num_inference_steps=5, seed=0, output_type="latent",
+        )  # fmt: skip
+    assert [(event.step, event.plan is None) for event in events] == [(0, True), (1, False), (2, False), (3, True)]
 
 
 def autoencoder() -> AutoencoderKLLTXVideo:

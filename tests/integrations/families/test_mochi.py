@@ -80,30 +80,53 @@ def test_tokens_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     check_hoist(build(), call((3, 4, 5), (0, TEXT, 4)), monkeypatch)
 
 
+def with_faster_cache(attention_range: int = 2) -> MochiTransformer3DModel:
+    torch.manual_seed(0)
+    model = build()
+    model.enable_cache(
+        FasterCacheConfig(
+            spatial_attention_block_skip_range=attention_range,
+            spatial_attention_block_identifiers=("transformer_blocks",),
+            unconditional_batch_skip_range=3,
+            unconditional_batch_timestep_skip_range=(-1, 1001),
+            attention_weight_callback=lambda _: 0.5,
+            tensor_format="BCFHW",
+            current_timestep_callback=lambda: 500,
+        )
+    )
+    return model
+
+
+RISING = (100.0, 200.0, 300.0)  # Mochi's levels
+
+
 def test_half_of_a_batch_under_faster_cache() -> None:
     """It leaves the negative prompt's samples out of some forwards, within the model's own forward."""
     inputs = call((3, 4, 6), (0, 7))
 
     def outputs(sparse: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = build()
-        model.enable_cache(
-            FasterCacheConfig(
-                spatial_attention_block_skip_range=2,
-                spatial_attention_block_identifiers=("transformer_blocks",),
-                unconditional_batch_skip_range=3,
-                unconditional_batch_timestep_skip_range=(-1, 1001),
-                attention_weight_callback=lambda _: 0.5,
-                tensor_format="BCFHW",
-                current_timestep_callback=lambda: 500,
-            )
-        )
+        model = with_faster_cache()
         if sparse:
             openvsa.sparsify(model, density=1.0)
-        return [run(model, {**inputs, "timestep": torch.full((2,), level)}) for level in (100.0, 200.0, 300.0)]
+        return [run(model, {**inputs, "timestep": torch.full((2,), level)}) for level in RISING]
 
     for ours, dense in zip(outputs(True), outputs(False), strict=True):
         close(ours, dense)
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (3, 7)])
+def test_half_of_a_batch_has_plans_of_its_own(lengths: tuple[int, int]) -> None:
+    inputs, model = call((3, 4, 6), lengths), with_faster_cache(1)
+    events: list[Any] = []
+    with openvsa.sparsify(model, config=openvsa.SparsityConfig(density=0.3, min_tokens=0, reuse_steps=3)) as handle:
+        handle.on_attention(lambda event: events.append(event) if event.layer == 0 else None)
+        for level in RISING:
+            run(model, {**inputs, "timestep": torch.full((2,), level)})
+    # Both samples in the first step, then the second one alone.
+    assert [event.layout.num_tokens - 72 for event in events] == [*lengths, lengths[1], lengths[1]]
+    plans = [event.plan for event in events]
+    assert plans[2] is plans[3]
+    assert plans[2] is not plans[0]
 
 
 def test_samples_of_one_length() -> None:

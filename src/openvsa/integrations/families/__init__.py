@@ -45,6 +45,5 @@ def family_of(transformer: Any) -> Family:
             return getattr(import_module(f"openvsa.integrations.families.{module}"), name)()
     raise UnsupportedError(
         f"{type(transformer).__name__} is of no supported family; supported: {', '.join(supported())}. Of what wraps a "
-        "model, such as DistributedDataParallel or PeftModel, give the model inside",
-        {},
+        "model, such as DistributedDataParallel or PeftModel, give the model inside"
     )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from openvsa.errors import ShapeError
 
-__all__ = ["Family", "Hoist", "Sequence", "argument", "forward_names"]
+__all__ = ["Family", "Hoist", "Sequence", "block_attentions", "has_mask", "latent_grid"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,9 @@ class Hoist:
 
 
 class Family(ABC):
-    """One family of transformers. Stateless; the methods are called with the forward's arguments.
-
-    The core calls them with args=() and all arguments by name in kwargs; use `argument` where a name may be absent.
-    """
+    """One family of transformers. Stateless; `kwargs` are the arguments of a forward, all by name."""
 
     name: str
-    transformers: tuple[str, ...]
-    """Names of the Diffusers classes; their subclasses are served too."""
     pair_mask: str = ""
     """The argument of the processors that masks text, [B, text], if they make a mask of all pairs of tokens of it."""
 
@@ -88,14 +81,14 @@ class Family(ABC):
         """(qualified name, module) of every video self-attention, in order of execution. A module has `processor`."""
 
     @abstractmethod
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         """What the self-attention of this forward runs over, from its arguments alone.
 
         Raises:
             UnsupportedError: this use of the model cannot be sparse.
         """
 
-    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def timestep(self, kwargs: Mapping[str, Any]) -> Tensor | None:
         """The noise level: any numbers that fall from step to step and rise when a new generation begins."""
         return kwargs.get("timestep")
 
@@ -103,11 +96,11 @@ class Family(ABC):
         """Heads of the video self-attention, and channels of each."""
         return transformer.config.num_attention_heads, transformer.config.attention_head_dim
 
-    def condition(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def condition(self, kwargs: Mapping[str, Any]) -> Tensor | None:
         """The tensor whose identity tells the branches of guidance apart when they run one after the other."""
         return kwargs.get("encoder_hidden_states")
 
-    def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def variant(self, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """What tells branches of guidance apart whose `condition` is one tensor."""
         return ()
 
@@ -115,24 +108,39 @@ class Family(ABC):
         """Where to permute once for all layers, or None where something between the layers needs raster order."""
         return None
 
-    def needs_raster_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def needs_raster_order(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether arguments of this forward bring something in raster order into the layers, which `hoist` cannot put
         in another. Then each layer permutes for itself."""
         return False
 
-    def without_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def without_attention(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a processor that has made no attention call was right not to; kwargs are the processor's own."""
         return False
 
 
-def argument(module: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], default: Any = None) -> Any:
-    """An argument of the forward of `module` by its name, however it was passed."""
-    names = forward_names(type(module))
-    given = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs} if args else kwargs
-    return given.get(name, default)
+def block_attentions(transformer: nn.Module, lists: tuple[str, ...], attention: str) -> list[tuple[str, nn.Module]]:
+    """The module `attention` of every block of the named lists, in order, with its qualified name."""
+    return [
+        (f"{name}.{index}.{attention}", getattr(block, attention))
+        for name in lists
+        for index, block in enumerate(getattr(transformer, name))
+    ]
 
 
-@cache
-def forward_names(kind: type) -> tuple[str, ...]:
-    """Names of the parameters of `kind.forward` after self. Decorated forwards are looked through."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore[reportFunctionMemberAccess]
+def has_mask(options: Any) -> bool:
+    """Whether the keyword arguments that a forward hands on to its processors have an attention mask among them."""
+    return bool(options) and options.get("attention_mask") is not None
+
+
+def latent_grid(latents: Tensor, axes: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens along the given axes of latents in patches; a rest smaller than a patch is dropped, as in Diffusers.
+
+    Raises:
+        ShapeError: the latents are not 5-D.
+    """
+    if latents.ndim != 5:
+        raise ShapeError(
+            f"expected latents of 5 dimensions, such as [batch, channels, frames, height, width], got "
+            f"{list(latents.shape)}; pass them to the transformer as its pipeline does"
+        )
+    return tuple(latents.shape[axis] // side for axis, side in zip(axes, patch, strict=True))

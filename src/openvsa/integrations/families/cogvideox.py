@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
-from openvsa.integrations.families.joint import block_attentions, has_mask, latent_grid
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions, has_mask, latent_grid
 
 __all__ = ["CogVideoX"]
 
@@ -20,15 +19,14 @@ class CogVideoX(Family):
     """
 
     name = "CogVideoX"
-    transformers = ("CogVideoXTransformer3DModel",)
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         return block_attentions(transformer, ("transformer_blocks",), "attn1")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         config = transformer.config
-        latents: Tensor = argument(transformer, "hidden_states", args, kwargs)  # [B, T, C, H, W]
-        text: Tensor = argument(transformer, "encoder_hidden_states", args, kwargs)  # [B, text, D]
+        latents: Tensor = kwargs["hidden_states"]  # [B, T, C, H, W]
+        text: Tensor = kwargs["encoder_hidden_states"]  # [B, text, D]
         grid = latent_grid(latents, (1, 3, 4), (config.patch_size_t or 1, config.patch_size, config.patch_size))
         return Sequence(grid, prefix=text.shape[1])
 
@@ -37,5 +35,5 @@ class CogVideoX(Family):
         entries, rope = ((transformer.patch_embed, 1, 1),), ("image_rotary_emb", 0, 2)
         return Hoist(entries, (transformer.proj_out, 1), (rope,), entry_around=(True, False))
 
-    def needs_raster_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def needs_raster_order(self, kwargs: Mapping[str, Any]) -> bool:
         return has_mask(kwargs.get("attention_kwargs"))

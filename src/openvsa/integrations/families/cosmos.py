@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from openvsa.integrations.families.base import Family, Hoist, Sequence
-from openvsa.integrations.families.joint import latent_grid
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions, latent_grid
 
 __all__ = ["Cosmos"]
 
@@ -21,20 +20,12 @@ class Cosmos(Family):
     """
 
     name = "Cosmos"
-    transformers = ("CosmosTransformer3DModel",)
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
-        return [
-            (f"transformer_blocks.{index}.attn1", block.attn1)
-            for index, block in enumerate(transformer.transformer_blocks)
-        ]
+        return block_attentions(transformer, ("transformer_blocks",), "attn1")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         return Sequence(latent_grid(kwargs["hidden_states"], (2, 3, 4), transformer.config.patch_size))
-
-    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        # [B], or [B, 1, T, 1, 1] where frames that condition the video are further denoised.
-        return kwargs["timestep"].amax()
 
     def hoist(self, transformer: Any) -> Hoist:
         entries = [(transformer.rope, 0, 0), (transformer.patch_embed, 1, 3)]
@@ -43,5 +34,5 @@ class Cosmos(Family):
         residuals = ("block_controlnet_hidden_states", 1, 3)
         return Hoist(tuple(entries), (transformer.proj_out, 1), (residuals,))
 
-    def needs_raster_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def needs_raster_order(self, kwargs: Mapping[str, Any]) -> bool:
         return kwargs["timestep"].ndim > 1  # the blocks modulate every frame apart

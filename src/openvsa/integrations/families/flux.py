@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from openvsa.errors import UnsupportedError
-from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
-from openvsa.integrations.families.joint import block_attentions, has_mask
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions, has_mask
 
 __all__ = ["Flux", "Flux2"]
 
@@ -23,14 +22,13 @@ class Flux(Family):
     """
 
     name = "Flux.1"
-    transformers = ("FluxTransformer2DModel",)
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         return block_attentions(transformer, ("transformer_blocks", "single_transformer_blocks"), "attn")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
-        text: Tensor = argument(transformer, "encoder_hidden_states", args, kwargs)  # [B, text, D]
-        ids: Tensor = argument(transformer, "img_ids", args, kwargs)  # [S, 3 or 4], of one sample
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
+        text: Tensor = kwargs["encoder_hidden_states"]  # [B, text, D]
+        ids: Tensor = kwargs["img_ids"]  # [S, 3 or 4], of one sample
         grid = image_grid(ids[0] if ids.ndim == 3 else ids)
         return Sequence(grid, prefix=text.shape[1], suffix=ids.shape[-2] - grid[0] * grid[1])
 
@@ -40,7 +38,7 @@ class Flux(Family):
         arguments = (("hidden_states", 1, 3), ("img_ids", 0, 2), ("img_ids", 1, 3), *residuals)
         return Hoist((), (transformer.proj_out, 1), arguments, around=(False, True))
 
-    def needs_raster_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def needs_raster_order(self, kwargs: Mapping[str, Any]) -> bool:
         return has_mask(kwargs.get("joint_attention_kwargs"))
 
 
@@ -48,17 +46,15 @@ class Flux2(Flux):
     """Flux2Transformer2DModel, without the key-value cache of its reference images."""
 
     name = "Flux.2"
-    transformers = ("Flux2Transformer2DModel",)
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
-        mode = argument(transformer, "kv_cache_mode", args, kwargs)
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
+        mode = kwargs.get("kv_cache_mode")
         if mode is not None:
             raise UnsupportedError(
                 f"Flux.2 with a key-value cache of reference images (kv_cache_mode={mode!r}) cannot be sparse: it "
-                "attends in several parts; use Flux2Pipeline instead of its KV form, or detach the handle",
-                {},
+                "attends in several parts; use Flux2Pipeline instead of its KV form, or detach the handle"
             )
-        return super().sequence(transformer, args, kwargs)
+        return super().sequence(transformer, kwargs)
 
 
 def image_grid(ids: Tensor) -> tuple[int, int]:
@@ -71,7 +67,7 @@ def image_grid(ids: Tensor) -> tuple[int, int]:
         UnsupportedError: the ids are no such table, or the image's tokens are no lattice in raster order.
     """
     if ids.ndim != 2 or ids.shape[1] < 3 or not len(ids):
-        raise UnsupportedError(f"expected img_ids of shape [tokens, 3 or more], got {list(ids.shape)}", {})
+        raise UnsupportedError(f"expected img_ids of shape [tokens, 3 or more], got {list(ids.shape)}")
     image, row, column = ids.detach().cpu().float()[:, :3].unbind(1)
     tokens = _run(image)
     row, column = row[:tokens], column[:tokens]
@@ -84,8 +80,7 @@ def image_grid(ids: Tensor) -> tuple[int, int]:
     if not raster:
         raise UnsupportedError(
             f"the first {tokens} of {len(ids)} img_ids are no lattice in raster order (the first row has {width}); "
-            "only an image whose tokens run row by row can be sparse",
-            {},
+            "only an image whose tokens run row by row can be sparse"
         )
     return tokens // width, width
 

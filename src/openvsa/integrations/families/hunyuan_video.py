@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
-from openvsa.integrations.families.joint import block_attentions, latent_grid
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions, latent_grid
 
 __all__ = ["HunyuanVideo"]
 
@@ -21,15 +20,14 @@ class HunyuanVideo(Family):
     """
 
     name = "HunyuanVideo"
-    transformers = ("HunyuanVideoTransformer3DModel",)
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         return block_attentions(transformer, ("transformer_blocks", "single_transformer_blocks"), "attn")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         config = transformer.config
-        latents: Tensor = argument(transformer, "hidden_states", args, kwargs)  # [B, C, T, H, W]
-        mask: Tensor = argument(transformer, "encoder_attention_mask", args, kwargs)  # [B, text], 0 is padding
+        latents: Tensor = kwargs["hidden_states"]  # [B, C, T, H, W]
+        mask: Tensor = kwargs["encoder_attention_mask"]  # [B, text], 0 is padding
         grid = latent_grid(latents, (2, 3, 4), (config.patch_size_t, config.patch_size, config.patch_size))
         lengths = tuple(int(n) for n in mask.sum(dim=1).tolist())
         # The transformer lets one prompt serve a batch: so do pipelines, given its embedding and num_videos_per_prompt.

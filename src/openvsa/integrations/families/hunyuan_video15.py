@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
-from openvsa.integrations.families.joint import block_attentions, latent_grid
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions, latent_grid
 
 __all__ = ["HunyuanVideo15"]
 
@@ -22,18 +21,17 @@ class HunyuanVideo15(Family):
     """
 
     name = "HunyuanVideo-1.5"
-    transformers = ("HunyuanVideo15Transformer3DModel",)
     pair_mask = "attention_mask"
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         return block_attentions(transformer, ("transformer_blocks",), "attn")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         config = transformer.config
-        latents: Tensor = argument(transformer, "hidden_states", args, kwargs)  # [B, C, T, H, W]
-        text: Tensor = argument(transformer, "encoder_attention_mask", args, kwargs)  # [B, text], 0 is padding
-        glyphs: Tensor = argument(transformer, "encoder_attention_mask_2", args, kwargs)  # [B, glyphs], 0 is padding
-        image: Tensor = argument(transformer, "image_embeds", args, kwargs)  # [B, image, D]
+        latents: Tensor = kwargs["hidden_states"]  # [B, C, T, H, W]
+        text: Tensor = kwargs["encoder_attention_mask"]  # [B, text], 0 is padding
+        glyphs: Tensor = kwargs["encoder_attention_mask_2"]  # [B, glyphs], 0 is padding
+        image: Tensor = kwargs["image_embeds"]  # [B, image, D]
         grid = latent_grid(latents, (2, 3, 4), (config.patch_size_t, config.patch_size, config.patch_size))
         valid = text.bool().sum(dim=1) + glyphs.bool().sum(dim=1) + image.shape[1] * torch.any(image != 0)
         conditioning = text.shape[1] + glyphs.shape[1] + image.shape[1]

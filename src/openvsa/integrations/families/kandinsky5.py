@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from openvsa.errors import UnsupportedError
-from openvsa.integrations.families.base import Family, Hoist, Sequence
-from openvsa.integrations.families.joint import latent_grid
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions, latent_grid
 
 __all__ = ["Kandinsky5"]
 
@@ -21,21 +20,16 @@ class Kandinsky5(Family):
     """
 
     name = "Kandinsky 5"
-    transformers = ("Kandinsky5Transformer3DModel",)
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
-        return [
-            (f"visual_transformer_blocks.{index}.self_attention", block.self_attention)
-            for index, block in enumerate(transformer.visual_transformer_blocks)
-        ]
+        return block_attentions(transformer, ("visual_transformer_blocks",), "self_attention")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         if kwargs.get("sparse_params") is not None:
             raise UnsupportedError(
                 "this Kandinsky 5 model was called with sparse_params: it has block-sparse attention of its own "
                 "(NABLA), with its tokens in another order. Load its transformer with attention_type='regular' to use "
-                "OpenVSA instead, or leave it as it is",
-                {},
+                "OpenVSA instead, or leave it as it is"
             )
         return Sequence(latent_grid(kwargs["hidden_states"], (1, 2, 3), transformer.config.patch_size))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from openvsa.errors import UnsupportedError
-from openvsa.integrations.families.base import Family, Hoist, Sequence
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions
 from openvsa.integrations.families.coordinates import sequence_of_coordinates
 
 __all__ = ["LTX"]
@@ -23,29 +23,21 @@ class LTX(Family):
     """
 
     name = "LTX-Video"
-    transformers = ("LTXVideoTransformer3DModel",)
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
-        return [
-            (f"transformer_blocks.{index}.attn1", block.attn1)
-            for index, block in enumerate(transformer.transformer_blocks)
-        ]
+        return block_attentions(transformer, ("transformer_blocks",), "attn1")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         coords = kwargs.get("video_coords")
         if coords is not None:
-            return sequence_of_coordinates(coords)
+            # The pipeline for long videos, which gives sizes of 1, puts conditioning after the video, others before.
+            return sequence_of_coordinates(coords, first=kwargs.get("num_frames") == 1)
         sides: dict[str, Any] = {name: kwargs.get(name) for name in ("num_frames", "height", "width")}
         if None in sides.values():
             raise UnsupportedError(
-                f"LTX-Video was called with {sides}; pass the latents' num_frames, height and width, or video_coords",
-                {},
+                f"LTX-Video was called with {sides}; pass the latents' num_frames, height and width, or video_coords"
             )
         return Sequence(tuple(int(side) for side in sides.values()))
-
-    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        # One for each token where some are conditioning, which is further denoised than the video.
-        return kwargs["timestep"].amax()
 
     def hoist(self, transformer: Any) -> Hoist | None:
         entries = ((transformer.rope, 1, 1), (transformer.proj_in, 1, 1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from openvsa.errors import UnsupportedError
-from openvsa.integrations.families.base import Family, Hoist, Sequence
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions
 from openvsa.layout.keep import fakes_are_on
 
 __all__ = ["LTX2"]
@@ -25,22 +25,17 @@ class LTX2(Family):
     """
 
     name = "LTX-2"
-    transformers = ("LTX2VideoTransformer3DModel",)
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
-        return [
-            (f"transformer_blocks.{index}.attn1", block.attn1)
-            for index, block in enumerate(transformer.transformer_blocks)
-        ]
+        return block_attentions(transformer, ("transformer_blocks",), "attn1")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         sides: dict[str, Any] = {name: kwargs.get(name) for name in ("num_frames", "height", "width")}
         if None in sides.values():
             raise UnsupportedError(
                 f"LTX-2 was called with {sides}, but the lattice is needed to tell the video from appended keyframes. "
                 "Call the transformer with num_frames, height and width; pipelines that pass coordinates alone (DFR) "
-                "are not supported",
-                {},
+                "are not supported"
             )
         config = transformer.config
         patch = (config.patch_size_t, config.patch_size, config.patch_size)
@@ -49,8 +44,7 @@ class LTX2(Family):
         if tokens < math.prod(grid):
             raise UnsupportedError(
                 f"LTX-2 was called with {tokens} video tokens, but the lattice {grid} has {math.prod(grid)}; pass the "
-                "latents' num_frames, height and width",
-                {},
+                "latents' num_frames, height and width"
             )
         others, coords = tokens - math.prod(grid), kwargs.get("video_coords")
         # Nothing is read from coordinates inside torch.compile, or from those without values: tokens are taken for
@@ -60,11 +54,7 @@ class LTX2(Family):
             before = _tokens_before(coords, transformer.rope.prepare_video_coords(1, *sides.values(), "cpu"))
         return Sequence(grid, prefix=before, suffix=others - before)
 
-    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        # One for each token where some are conditioning, which is further denoised than the video.
-        return kwargs["timestep"].amax()
-
-    def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def variant(self, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         # Without its sound, or with blocks that do not attend, the same prompt is another branch.
         return bool(kwargs.get("isolate_modalities")), tuple(kwargs.get("spatio_temporal_guidance_blocks") or ())
 
@@ -77,7 +67,7 @@ class LTX2(Family):
         levels = (("timestep", 1, 2), ("timestep", 1, 3))  # [B, S] or [B, S, 1]
         return Hoist(entries, (transformer.proj_out, 1), levels, entry_around=whole, around=whole)
 
-    def without_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def without_attention(self, kwargs: Mapping[str, Any]) -> bool:
         """Spatio-temporal guidance replaces the attention of chosen blocks by their values."""
         perturbed = kwargs.get("all_perturbed")
         return perturbed is not None and bool(perturbed)
@@ -102,6 +92,5 @@ def _tokens_before(coords: Tensor, video: Tensor) -> int:
     raise UnsupportedError(
         f"LTX-2 was called with {others} tokens beside the {tokens} of its lattice, and video_coords has the lattice "
         "neither before nor after them; pass coordinates as transformer.rope.prepare_video_coords makes them for the "
-        "video, with those of other tokens before or after",
-        {},
+        "video, with those of other tokens before or after"
     )

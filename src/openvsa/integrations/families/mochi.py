@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openvsa.integrations.families.base import Family, Hoist, Sequence, argument
-from openvsa.integrations.families.joint import block_attentions, latent_grid
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions, latent_grid
 
 __all__ = ["Mochi"]
 
@@ -22,15 +21,14 @@ class Mochi(Family):
     """
 
     name = "Mochi"
-    transformers = ("MochiTransformer3DModel",)
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         return block_attentions(transformer, ("transformer_blocks",), "attn1")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         config = transformer.config
-        latents: Tensor = argument(transformer, "hidden_states", args, kwargs)  # [B, C, T, H, W]
-        mask: Tensor = argument(transformer, "encoder_attention_mask", args, kwargs)  # [B, text], 0 is padding
+        latents: Tensor = kwargs["hidden_states"]  # [B, C, T, H, W]
+        mask: Tensor = kwargs["encoder_attention_mask"]  # [B, text], 0 is padding
         grid = latent_grid(latents, (2, 3, 4), (1, config.patch_size, config.patch_size))
         lengths = tuple(int(n) for n in mask.bool().sum(dim=1).tolist())
         return Sequence(grid, suffix=mask.shape[1], text_lengths=lengths, per_sample=True)
@@ -39,6 +37,6 @@ class Mochi(Family):
         entries = ((transformer.rope, 0, 0), (transformer.patch_embed, 0, 1))  # frames are embedded as samples are
         return Hoist(entries, (transformer.proj_out, 1))
 
-    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        rising = super().timestep(args, kwargs)
+    def timestep(self, kwargs: Mapping[str, Any]) -> Tensor | None:
+        rising = super().timestep(kwargs)
         return None if rising is None else 1000 - rising.float()  # bfloat16 could not tell 999 from 1000

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from openvsa.integrations.families.base import Family, Hoist, Sequence
-from openvsa.integrations.families.joint import latent_grid
+from openvsa.integrations.families.base import Family, Hoist, Sequence, block_attentions, latent_grid
 
 __all__ = ["Wan"]
 
@@ -20,17 +19,12 @@ class Wan(Family):
     """
 
     name = "Wan"
-    transformers = ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel")
 
     def attentions(self, transformer: Any) -> list[tuple[str, nn.Module]]:
-        stacks = [stack for stack in ("vace_blocks", "blocks") if hasattr(transformer, stack)]
-        return [
-            (f"{stack}.{index}.attn1", block.attn1)
-            for stack in stacks
-            for index, block in enumerate(getattr(transformer, stack))
-        ]
+        stacks = tuple(stack for stack in ("vace_blocks", "blocks") if hasattr(transformer, stack))
+        return block_attentions(transformer, stacks, "attn1")
 
-    def sequence(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence:
+    def sequence(self, transformer: Any, kwargs: Mapping[str, Any]) -> Sequence:
         return Sequence(latent_grid(kwargs["hidden_states"], (2, 3, 4), transformer.config.patch_size))
 
     def hoist(self, transformer: Any) -> Hoist | None:
