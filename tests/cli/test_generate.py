@@ -84,7 +84,7 @@ def test_the_command_makes_both_clips_and_the_page(openvsa_command: Callable, ca
     assert outcome.status == 0, outcome.err
     assert f"open {out}/report.html" in outcome.out
     assert sorted(path.name for path in out.iterdir()) == FILES
-    assert calls == [2, 4, 2, 4], "two untimed steps before each generation"
+    assert calls == [2, 2, 4, 4], "two untimed steps of each before the generations"
     assert read_video(out / "dense.mp4").shape == (6, 48, 80, 3)
     figures = Figures.from_json((out / "report.json").read_text())
     assert [layer.name for layer in figures.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
@@ -257,6 +257,6 @@ def test_what_a_busy_processor_calls_for(monkeypatch: pytest.MonkeyPatch, thread
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     if spins:
         monkeypatch.setenv("GOMP_SPINCOUNT", spins)
-    note = generate_pair._busy()
+    note = generate_pair.busy()
     assert note.endswith(said)
     assert bool(note) == bool(said)

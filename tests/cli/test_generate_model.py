@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,7 +93,7 @@ def test_settings_from_a_file_or_a_preset(openvsa_command: Callable, wan: Path, 
     tiles = 2 * 3 * 4  # of a lattice of 2 x 6 x 8
     assert made[settings].density == pytest.approx((1 + 2 / tiles) / 2)
     assert (made[settings].settings.density, made["wan"].settings.density) == (None, 0.25)
-    assert "was asked for" in (tmp_path / "out" / "report.html").read_text()
+    assert "of the tiles were asked for and" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_table_of_an_audit_as_settings(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
@@ -148,14 +149,106 @@ def test_weights_that_were_trained_with_vsa_keep_their_branch(
     outcome = openvsa_command("generate", "--model", model, *SMALL, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     assert "transformer: trained with VSA" in outcome.out
+    assert "(to all tiles, with the compressed branch)" in outcome.out
+    assert Figures.from_json((tmp_path / "out" / "report.json").read_text()).branch
+    assert "The weights have a compressed branch, and both clips have it" in (tmp_path / "out/report.html").read_text()
+
+
+def test_all_tiles_and_the_branch_are_what_such_weights_are_compared_with(
+    openvsa_command: Callable, tmp_path: Path
+) -> None:
+    model = tiny_pipelines.wan(tmp_path / "model")
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(model / "transformer")
+    add_branch(transformer)
+    for block in transformer.blocks:
+        torch.nn.init.normal_(block.attn1.to_gate_compress.weight)
+    transformer.save_pretrained(model / "transformer")
+    outcome = openvsa_command("generate", "--model", model, *SMALL, "--density", 1, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    assert torch.equal(read_video(tmp_path / "out/dense.mp4"), read_video(tmp_path / "out/sparse.mp4"))
+
+
+def test_what_the_authors_call_their_pipeline_is_known(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    """FastWan checkpoints name FastVideo's pipeline. They are distilled, so that guidance is none."""
+    model = tmp_path / "model"
+    shutil.copytree(wan, model)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanDMDPipeline"}))
+    options = [*SMALL, "--guidance-scale", 1, "--out", tmp_path / "out"]
+    outcome = openvsa_command("generate", "--model", model, *options)
+    assert outcome.status == 0, outcome.err
+    figures = Figures.from_json((tmp_path / "out" / "report.json").read_text())
+    assert "--guidance-scale 1.0" in figures.settings.command
+
+
+def test_what_stays_dense_is_on_the_page(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"density": 0.5, "dense_layers": [0], "dense_first_steps": 1}')
+    outcome = openvsa_command("generate", "--model", wan, *SMALL, "--config", settings, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    figures = Figures.from_json((tmp_path / "out" / "report.json").read_text())
+    assert figures.why_dense == {
+        "it is one of dense_layers": ["blocks.0.attn1"], "dense_first_steps is 1": ["blocks.1.attn1"],
+    }  # fmt: skip
+    assert openvsa.SparsityConfig.from_dict(figures.settings.sparsity).dense_first_steps == 1
+    assert figures.kept_density == pytest.approx(0.5, abs=0.1)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "it is one of dense_layers: 1 of 2 layers, <code>blocks.0.attn1</code>" in page
+    assert "dense_first_steps" in page
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"min_tokens": 100000},
+            r"every layer stays dense \(min_tokens is 100000\), so that there is nothing to compare",
+        ),
+        ({"dense_first_steps": 1, "dense_last_steps": 1}, "all 2 steps stay dense .* give more --steps"),
+        ({"tile": [4, 4]}, "tile"),
+        ({"backend": "hopper"}, "hopper"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_suit_are_refused_before_the_clips(
+    openvsa_command: Callable, wan: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"density": 0.5, **settings}))
+    outcome = openvsa_command("generate", "--model", wan, *SMALL, "--config", file, "--out", tmp_path / "out")
+    assert outcome.status == 2
+    assert re.search(said, outcome.err), outcome.err
+    assert "full attention" not in outcome.out
+
+
+def test_a_file_of_the_report_replaces_nothing_that_was_given(
+    openvsa_command: Callable, wan: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.json"
+    file.write_text('{"density": 0.5}')
+    outcome = openvsa_command("generate", "--model", wan, *SMALL, "--config", file, "--out", tmp_path)
+    assert (outcome.status, file.read_text()) == (2, '{"density": 0.5}')
+    assert "would be replaced by a file of the report; give another --out" in outcome.err
+    outcome = openvsa_command("generate", "--model", wan, *SMALL, "--out", tmp_path / "page.html")
+    assert outcome.status == 2
+    assert "--out is a folder for the page and the videos" in outcome.err
+
+
+def test_without_a_terminal_every_part_has_its_line(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
+    outcome = openvsa_command("generate", "--model", wan, *SMALL, "--out", tmp_path / "out")
+    parts = [line for line in outcome.out.splitlines() if line.endswith(" ...")]
+    assert parts == ["warming up ...", "full attention ...", "sparse attention ...", "report ..."]
 
 
 def test_a_schedule_that_cannot_have_one_step(openvsa_command: Callable, tmp_path: Path) -> None:
-    """Mochi's, when everything is warmed up."""
+    """Mochi's, when everything is warmed up, and asked for."""
     model = tiny_pipelines.mochi(tmp_path / "model")
     sizes = ["--height", 64, "--width", 96, "--frames", 7]
     outcome = openvsa_command("generate", "--model", model, "--prompt", PROMPT, "--steps", 2, *sizes, "--out", tmp_path)
     assert outcome.status == 0, outcome.err
+    outcome = openvsa_command("generate", "--model", model, "--prompt", PROMPT, "--steps", 1, *sizes, "--out", tmp_path)
+    assert outcome.status == 2
+    assert outcome.err.endswith("error: a schedule of Mochi has at least 2 steps, got 1; give --steps\n")
 
 
 def test_the_seed_makes_another_clip(wan: Path) -> None:
@@ -195,6 +288,7 @@ def test_the_first_video_or_image_of_an_output_is_the_clip() -> None:
         (["--fps", 0], "--fps must be above 0 and finite, got 0"),
         (["--fps", "nan"], "--fps must be above 0 and finite, got nan"),
         (["--fps", "inf"], "--fps must be above 0 and finite, got inf"),
+        (["--guidance-scale", "nan"], "--guidance-scale must be at least 0 and finite, got nan"),
         (["--device", "toaster"], "--device must be cpu, cuda or cuda:N"),
         (["--image", "x.png"], "cannot read the image 'x.png'"),
         (["--scene", "glide"], "--scene is for the bundled model"),

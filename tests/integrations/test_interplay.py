@@ -448,14 +448,19 @@ def test_context_parallelism_is_refused() -> None:
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_mask_of_the_caller_is_refused(strict: bool) -> None:
     """Also by settings that are not strict: the tokens are in tile order, and the mask is not."""
-    model = tiny_wan()
-    handle = attach(model, strict=strict)
+    model, states, asked = tiny_wan(), torch.randn(1, 105, 48), []
+    handle, attn = attach(model, strict=strict), model.blocks[0].attn1
+
+    def in_between(*_: Any) -> None:
+        with pytest.raises(openvsa.UnsupportedError, match="attention mask"):
+            attn(states, None, torch.zeros(1, 1, 105, 105))
+        with pytest.raises(openvsa.ShapeError, match=r"has 104 tokens, but this forward has 105"):
+            attn(states[:, :104])
+        asked.append(True)
+
+    model.blocks[1].register_forward_pre_hook(in_between)
     run(model)
-    attn, states = model.blocks[0].attn1, torch.randn(1, 105, 48)
-    with pytest.raises(openvsa.UnsupportedError, match="attention mask"):
-        attn(states, None, torch.zeros(1, 1, 105, 105))
-    with pytest.raises(openvsa.ShapeError, match=r"has 104 tokens, but this forward has 105"):
-        attn(states[:, :104])
+    assert asked
     handle.detach()
     attn(states, None, torch.zeros(1, 1, 105, 105))
 

@@ -57,6 +57,10 @@ def generate(
     width: Annotated[int | None, typer.Option(help="The same.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, for a Diffusers pipeline.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second, for a Diffusers pipeline.")] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Strength of guidance, for a Diffusers pipeline; 1 is none."),
+    ] = None,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the videos and the page.")] = Path("demo"),
     list_scenes: Annotated[bool, typer.Option("--list-scenes", help="Print the scenes and stop.")] = False,
@@ -68,6 +72,7 @@ def generate(
         print_scenes()
         return
     asked = {"prompt": prompt, "height": height, "width": width, "frames": frames, "fps": fps}
+    asked["guidance_scale"] = guidance_scale
     common = {"image": image, "density": density, "config": config, "seed": seed, "device": device, "out": out}
     from openvsa.cli.generate import is_clip_model, run_generate
 
@@ -80,7 +85,7 @@ def generate(
 
         run_generate_model(model=model, steps=steps, **asked, **common)
         return
-    extra = [f"--{name}" for name, value in asked.items() if value is not None]
+    extra = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
     if extra:
         which = "the bundled model" if model is None else "a model of openvsa train"
         raise OpenVSAError(f"{', '.join(extra)}: {which} takes none; give a pipeline with --model")

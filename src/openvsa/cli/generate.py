@@ -14,6 +14,7 @@ from openvsa.cli.generate_pair import (
     PACKAGES,
     available,
     check_numbers,
+    check_output,
     command,
     describe,
     make_pair,
@@ -57,14 +58,14 @@ def run_generate(
     """
     for package in PACKAGES:
         require(package, extra="demo")
-    from openvsa.evaluate import AttentionRecorder, Settings, check_output_folder
+    from openvsa.evaluate import AttentionRecorder, Settings
 
     check_numbers(seed, steps)
     sparse_as = sparsity(density, config, steps)
     where = available(device)
     pipe = load_clip_model(model, where)
     title, choice, begin = start(pipe, scene, image)
-    check_output_folder(out)
+    check_output(out, config, image)
     make_clip = partial(pipe, **begin, seed=seed)
     options = {
         "--density": None if config else sparse_as.density,
@@ -86,6 +87,7 @@ def run_generate(
         versions=versions(),
         credit=_CREDIT,
         model=model,
+        sparsity=sparse_as.to_dict(),
     )
 
     recorder = AttentionRecorder(shown_steps(steps))

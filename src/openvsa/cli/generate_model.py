@@ -18,6 +18,7 @@ from openvsa.cli.generate_pair import (
     PACKAGES,
     available,
     check_numbers,
+    check_output,
     command,
     describe,
     make_pair,
@@ -52,6 +53,7 @@ def run_generate_model(
     width: int | None,
     frames: int | None,
     fps: float | None,
+    guidance_scale: float | None,
     seed: int,
     device: str,
     out: Path,
@@ -68,7 +70,7 @@ def run_generate_model(
     """
     for package in PACKAGES:
         require(package, extra="demo")
-    from openvsa.evaluate import Settings, check_output_folder
+    from openvsa.evaluate import Settings
 
     where = available(device)
     kind = pipeline_class(model)
@@ -79,13 +81,13 @@ def run_generate_model(
     check_numbers(seed, steps)
     sparse_as = sparsity(density, config, steps)
     sizes = {"height": height, "width": width, "num_frames": frames}
-    given = arguments(kind, asks, prompt, image, sizes)
+    given = arguments(kind, asks, prompt, image, sizes, guidance_scale)
     rates = (fps, _default(asks, "frame_rate"), _default(asks, "fps"), _FPS)
     rate = next(float(value) for value in rates if value is not None)
     given |= {name: rate for name in ("frame_rate", "fps") if name in asks}
     if not 0 < rate < math.inf:
         raise OpenVSAError(f"--fps must be above 0 and finite, got {fps}")
-    check_output_folder(out)
+    check_output(out, config, image)
 
     pipe = load(kind, model, where)
     options = {
@@ -96,7 +98,8 @@ def run_generate_model(
         "--height": height,
         "--width": width,
     }
-    options |= {"--frames": frames, "--fps": fps, "--seed": seed, "--device": device, "--out": out}
+    options |= {"--frames": frames, "--fps": fps, "--guidance-scale": guidance_scale}
+    options |= {"--seed": seed, "--device": device, "--out": out}
     settings = Settings(
         scene=shorten(prompt or model, 90, placeholder=" …"),
         seed=seed,
@@ -109,6 +112,7 @@ def run_generate_model(
         versions=versions(),
         credit="",
         model=model,
+        sparsity=sparse_as.to_dict(),
     )
     clips = _Clips(pipe, given, seed, "callback_on_step_end" in asks)
     return make_pair(pipe, clips, settings, sparse_as, lambda dense: _recorder(steps, dense), out, console or Console())

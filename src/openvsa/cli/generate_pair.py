@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 __all__ = [
     "PACKAGES",
     "available",
+    "busy",
     "check_numbers",
+    "check_output",
     "command",
     "describe",
     "make_pair",
@@ -45,7 +47,7 @@ PACKAGES = ("diffusers", "av", "numpy", "PIL", "jinja2", "torchmetrics")
 
 @dataclass(frozen=True)
 class TimedClip:
-    """A clip uint8 [frames, height, width, 3], the wall seconds it took, and what its attention layers did."""
+    """A clip uint8 [frames, height, width, 3], and of a generation the wall seconds and what its attention did."""
 
     clip: Tensor
     seconds: float
@@ -63,6 +65,9 @@ def make_pair(
 ) -> Path:
     """Makes a clip with full and with sparse attention, and the page; returns its path.
 
+    Weights with a compressed branch are another model without it: their clip with full attention is made over all tiles
+    with the branch, and attention without it in one more generation, for times alone.
+
     Args:
         pipe: what `sparsify` takes.
         make_clip: takes num_inference_steps and callback_on_step_end, and returns uint8 [frames, height, width, 3].
@@ -71,41 +76,73 @@ def make_pair(
         recorder_for: gives the recorder of the sparse clip, knowing what the attention of the dense one was.
         out: a folder that can be written.
         console: where progress and figures are printed.
+
+    Raises:
+        OpenVSAError: the settings do not suit the model, or leave nothing sparse; found by a short generation.
     """
     from openvsa.evaluate import write_report
+    from openvsa.evaluate.audit_config import uniform
+    from openvsa.integrations.checkpoint import BRANCH
     from openvsa.integrations.diffusers import observe, sparsify
 
-    with sparsify(pipe, config=sparse_as):
-        pass  # settings that do not fit the model are refused before it works
     steps = settings.steps
+    if sparse_as.dense_first_steps + sparse_as.dense_last_steps >= steps:
+        raise OpenVSAError(
+            f"all {steps} steps stay dense (dense_first_steps is {sparse_as.dense_first_steps}, dense_last_steps "
+            f"{sparse_as.dense_last_steps}), so that there is nothing to compare; give more --steps, or other settings"
+        )
+    branch = any(hasattr(module, BRANCH) for one in _transformers(pipe) for module in one.modules())
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn once a step: a drawing thread would take its share of the processor from what is being timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
+    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
 
         def bar(description: str, total: int) -> Callable[..., None]:
+            if not console.is_terminal:
+                console.print(f"{description} ...", highlight=False)
             task = progress.add_task(description, total=total)
             progress.refresh()
             return lambda *_: progress.update(task, advance=1, refresh=True)
 
+        done = bar("warming up", 2)
+        # Sparse first, so that settings that do not suit the model are refused before it works. Warmed up is what is
+        # sparse: the first steps may be dense.
+        with sparsify(pipe, config=replace(sparse_as, dense_first_steps=0, dense_last_steps=0)) as handle:
+            _warm_up(make_clip, steps)
+            _check_sparse(handle.report())
+        done()
         with observe(pipe):
             _warm_up(make_clip, steps)
+        done()
         with observe(pipe) as handle:
             dense = _timed(make_clip, handle, steps, bar("full attention", steps))
-        # Warmed up is what is sparse: the first steps may be dense.
-        with sparsify(pipe, config=replace(sparse_as, dense_first_steps=0, dense_last_steps=0)):
-            _warm_up(make_clip, steps)
+        if branch:
+            with sparsify(pipe, config=uniform(sparse_as, 1.0), measure=False):
+                on_step = bar("with all tiles", steps)
+                dense = replace(dense, clip=make_clip(num_inference_steps=steps, callback_on_step_end=on_step))
         recorder = recorder_for(dense.attention)
         with sparsify(pipe, config=sparse_as) as handle:
             handle.on_attention(recorder)
             sparse = _timed(make_clip, handle, steps, bar("sparse attention", steps))
         done = bar("report", 1)
-        comparison = _compare(settings, dense, sparse, recorder)
+        comparison = _compare(settings, dense, sparse, recorder, branch)
         page = write_report(comparison, out)
         done()
     console.print(_summary(comparison.figures, page), markup=False, highlight=False, soft_wrap=True)
-    if settings.device == describe(torch.device("cpu")) and (note := _busy()):
+    if settings.device == describe(torch.device("cpu")) and (note := busy()):
         console.print(note, highlight=False, soft_wrap=True)
     return page
+
+
+def _transformers(pipe: Any) -> list[Any]:
+    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    return [one for one in found if one is not None]
+
+
+def _check_sparse(report: SparsityReport) -> None:
+    """Refuse settings under which no layer was sparse."""
+    if report.layers and not any(layer.sparse_calls for layer in report.layers):
+        why = ", ".join(sorted({layer.why_dense for layer in report.layers}))
+        raise OpenVSAError(f"every layer stays dense ({why}), so that there is nothing to compare; change the settings")
 
 
 def sparsity(density: float | None, config: str | None, steps: int) -> SparsityConfig:
@@ -128,6 +165,23 @@ def sparsity(density: float | None, config: str | None, steps: int) -> SparsityC
         raise OpenVSAError(f"--config {config} is no file, and no preset; presets are {', '.join(PRESETS)}")
     loaded = SparsityConfig.load(config)
     return replace(loaded, min_tokens=0) if loaded.min_tokens is None else loaded
+
+
+def check_output(out: Path, config: str | None, image: Path | None) -> None:
+    """Refuse a folder that cannot be written, and one in which a file of the report would replace what was given.
+
+    Raises:
+        OpenVSAError: it is so.
+    """
+    from openvsa.evaluate import check_output_folder
+    from openvsa.evaluate.report import FILES
+
+    if out.suffix == ".html":
+        raise OpenVSAError(f"--out is a folder for the page and the videos, got {str(out)!r}; leave .html out")
+    for option, given in (("--config", config), ("--image", image)):
+        if given is not None and Path(given).resolve() in [(out / name).resolve() for name in FILES]:
+            raise OpenVSAError(f"{option} {given} would be replaced by a file of the report; give another --out")
+    check_output_folder(out)
 
 
 def check_numbers(seed: int, steps: int) -> None:
@@ -177,11 +231,15 @@ def _timed(
     return TimedClip(clip, seconds, handle.report())
 
 
-def _compare(settings: Settings, dense: TimedClip, sparse: TimedClip, recorder: AttentionRecorder) -> Comparison:
+def _compare(
+    settings: Settings, dense: TimedClip, sparse: TimedClip, recorder: AttentionRecorder, branch: bool
+) -> Comparison:
     from openvsa.evaluate import Comparison, Figures, LayerFigures, PassTime, compare_clips
 
     layers = tuple(
-        LayerFigures(ours.layer, ours.name, ours.executed_density, full.attention_seconds, ours.attention_seconds)
+        LayerFigures(
+            ours.layer, ours.name, ours.executed_density, full.attention_seconds, ours.attention_seconds, ours.why_dense
+        )
         for full, ours in zip(dense.attention.layers, sparse.attention.layers, strict=True)
     )
     figures = Figures(
@@ -190,6 +248,8 @@ def _compare(settings: Settings, dense: TimedClip, sparse: TimedClip, recorder: 
         PassTime(sparse.seconds, sparse.attention.attention_seconds),
         layers,
         compare_clips(sparse.clip, dense.clip),
+        sparse.attention.delivered_density,
+        branch,
     )
     return Comparison(figures, dense.clip, sparse.clip, recorder.record())
 
@@ -200,12 +260,12 @@ def _summary(figures: Figures, page: Path) -> str:
         f"in all     {dense.total_seconds:.1f} s -> {sparse.total_seconds:.1f} s, {figures.speedup:.2f}x as fast\n"
         f"attention  {dense.attention_seconds:.1f} s -> {sparse.attention_seconds:.1f} s, "
         f"{figures.attention_speedup:.2f}x as fast\n"
-        f"likeness   {figures.quality}\n"
+        f"likeness   {figures.quality}{' (to all tiles, with the compressed branch)' if figures.branch else ''}\n"
         f"open {page}"
     )
 
 
-def _busy() -> str:
+def busy() -> str:
     """What to say where other programs have kept the processor busy, if the system tells; else "".
 
     Sparse attention on a CPU is many small steps that all threads take together, and OpenMP's threads spin while they

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from torch import Tensor
 from openvsa.errors import OpenVSAError, ShapeError, UnsupportedError
 
 __all__ = ["arguments", "call", "clip_of", "load", "pipeline_class"]
+
+
+# What FastVideo's FastWan checkpoints call their pipeline, and the one in Diffusers of the same parts, whose sampler is
+# another.
+_SAME = {"WanDMDPipeline": "WanPipeline"}
 
 
 def pipeline_class(model: str) -> Any:
@@ -34,7 +40,7 @@ def pipeline_class(model: str) -> Any:
             f"model_index.json of {model!r} cannot be read: {error}"
         ) from None
     name = index.get("_class_name")
-    kind = getattr(diffusers, str(name), None)
+    kind = getattr(diffusers, _SAME.get(str(name), str(name)), None)
     if kind is None:
         raise OpenVSAError(
             f"{model!r} is a {name}, which Diffusers {diffusers.__version__} does not have; a newer one may, and for a "
@@ -51,7 +57,12 @@ def pipeline_class(model: str) -> Any:
 
 
 def arguments(
-    kind: Any, asks: Mapping[str, Any], prompt: str | None, image: Path | None, sizes: Mapping[str, int | None]
+    kind: Any,
+    asks: Mapping[str, Any],
+    prompt: str | None,
+    image: Path | None,
+    sizes: Mapping[str, int | None],
+    guidance_scale: float | None = None,
 ) -> dict[str, Any]:
     """What the pipeline is called with.
 
@@ -66,6 +77,10 @@ def arguments(
             raise OpenVSAError(f"{_option(name)} must be at least 1, got {size}")
     if image is not None:
         given["image"] = _read(image, sizes)
+    if guidance_scale is not None:
+        if not 0 <= guidance_scale < math.inf:
+            raise OpenVSAError(f"--guidance-scale must be at least 0 and finite, got {guidance_scale}")
+        given["guidance_scale"] = guidance_scale
     for name in given:
         if name not in asks:
             raise OpenVSAError(f"{kind.__name__} takes no {name}: leave {_option(name)} out")
@@ -79,7 +94,7 @@ def arguments(
 
 
 def _option(argument: str) -> str:
-    return {"num_frames": "--frames"}.get(argument, f"--{argument}")
+    return {"num_frames": "--frames"}.get(argument, f"--{argument.replace('_', '-')}")
 
 
 def _read(path: Path, sizes: Mapping[str, int | None]) -> Any:
@@ -122,6 +137,8 @@ def call(pipe: Any, **options: Any) -> Any:
     Raises:
         OpenVSAError: it does not take these arguments, a height that is no multiple of 16, say.
     """
+    if type(pipe).__name__ == "MochiPipeline" and options.get("num_inference_steps", 2) < 2:
+        raise OpenVSAError("a schedule of Mochi has at least 2 steps, got 1; give --steps")
     try:
         return pipe(**options)
     except OpenVSAError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,8 @@ __all__ = ["Comparison", "Figures", "LayerFigures", "PassTime", "Settings", "fin
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How the clips were made. `density` is the one asked for, None if it was no share; `credit` names the source of
-    the scene; `model` is None for the one that is part of the package."""
+    the scene; `model` is None for the one that is part of the package; `sparsity` is what SparsityConfig.from_dict
+    takes."""
 
     scene: str
     seed: int
@@ -31,6 +33,7 @@ class Settings:
     versions: Mapping[str, str]
     credit: str
     model: str | None = None
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,15 @@ class PassTime:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """One attention layer: the share of pairs computed, and seconds summed over all steps of each generation."""
+    """One attention layer: the share of pairs computed, seconds summed over all steps of each generation, and why calls
+    of it stayed dense, if any did."""
 
     layer: int
     name: str
     density: float
     dense_seconds: float
     sparse_seconds: float
+    why_dense: str = ""
 
     @property
     def speedup(self) -> float:
@@ -62,13 +67,20 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """All numbers of a comparison; what `report.json` holds."""
+    """All numbers of a comparison; what `report.json` holds.
+
+    kept_density: what the sparse calls kept, as a share of pairs of tiles; None in files of before 0.1.
+    branch: the weights have a compressed branch. The clip with full attention is then one over all tiles with the
+        branch, as the model is another without it; the times of full attention are those without the branch.
+    """
 
     settings: Settings
     dense: PassTime
     sparse: PassTime
     layers: tuple[LayerFigures, ...]
     quality: Quality
+    kept_density: float | None = None
+    branch: bool = False
 
     @property
     def speedup(self) -> float:
@@ -84,6 +96,15 @@ class Figures:
     def density(self) -> float:
         """The share of pairs computed, mean over layers."""
         return sum(layer.density for layer in self.layers) / len(self.layers)
+
+    @property
+    def why_dense(self) -> dict[str, list[str]]:
+        """Why calls stayed dense -> names of the layers."""
+        found: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.why_dense:
+                found.setdefault(layer.why_dense, []).append(layer.name)
+        return found
 
     def to_json(self) -> str:
         """Strict JSON: a PSNR that is infinite is written as null. The derived figures are included for readers."""
@@ -110,6 +131,8 @@ class Figures:
             sparse=PassTime(**content["sparse"]),
             layers=tuple(LayerFigures(**layer) for layer in content["layers"]),
             quality=Quality(tuple(psnr), tuple(content["quality"]["ssim"]), tuple(content["quality"].get("vif", ()))),
+            kept_density=content.get("kept_density"),
+            branch=content.get("branch", False),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,9 @@ from openvsa.evaluate.picture import data_url, picture_data
 from openvsa.evaluate.video import side_by_side, write_video
 from openvsa.layout import TileLayout
 
-__all__ = ["render_page", "write_report"]
+__all__ = ["FILES", "render_page", "write_report"]
+
+FILES = ("report.html", "report.json", "dense.mp4", "sparse.mp4", "side_by_side.mp4")
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> Path:
@@ -33,9 +36,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
             return together.enter_context(atomic_path(folder / name))
 
         # A stack is left in the opposite order, so the page, entered first, appears last.
-        page, figures, dense, sparse, both = map(
-            place, ("report.html", "report.json", "dense.mp4", "sparse.mp4", "side_by_side.mp4")
-        )
+        page, figures, dense, sparse, both = map(place, FILES)
         write_video(comparison.dense_clip, dense, fps=fps)
         write_video(comparison.sparse_clip, sparse, fps=fps)
         write_video(side_by_side(comparison.dense_clip, comparison.sparse_clip, labels), both, fps=fps)
@@ -64,6 +65,7 @@ def render_page(comparison: Comparison, dense_mp4: bytes, sparse_mp4: bytes) -> 
     return environment.from_string(part("report.html")).render(
         figures=figures,
         settings=figures.settings,
+        sparsity=json.dumps(figures.settings.sparsity),
         longest=max(figures.dense.total_seconds, figures.sparse.total_seconds),
         recall={layer: record.mean_recall(layer) for layer in record.layers} if record else {},
         dense_video=data_url(dense_mp4, "video/mp4"),
