@@ -30,8 +30,10 @@ def test_every_head_has_the_plan_of_its_own_budget(kv_heads: int, text: int) -> 
 def test_one_budget_for_all_heads_is_the_selector_itself() -> None:
     layout = TileLayout(grid=(4, 6), tile=(2, 2))
     q, k = torch.randn(2, 1, layout.num_tokens, 3, 8)
-    plan = select_by_head(PooledTopK(), q, k, layout, [Budget(keep_ratio=0.5)] * 3)
-    assert torch.equal(plan.block_mask(), PooledTopK()(q, k, layout, Budget(keep_ratio=0.5)).block_mask())
+    half = Budget(keep_ratio=0.5)
+    for budgets in ([half] * 3, half):
+        plan = select_by_head(PooledTopK(), q, k, layout, budgets)
+        assert torch.equal(plan.block_mask(), PooledTopK()(q, k, layout, half).block_mask())
 
 
 def test_a_selector_with_one_plan_for_all_heads_and_samples() -> None:

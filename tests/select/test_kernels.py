@@ -9,7 +9,8 @@ from torch import Tensor
 from helpers import DEVICE
 from openvsa import TileLayout
 from openvsa.layout import BlockOffsets
-from openvsa.select import permute_pool, pool_mean, pooled_scores, unpermute_add
+from openvsa.select import pool_mean, pooled_scores
+from openvsa.select.pool import permute_pool, unpermute_add
 from plain import both
 from tolerance import FORWARD, GRADIENT, excess
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from helpers import DEVICE, offsets
 from openvsa import ShapeError
 from openvsa.layout import BlockOffsets, TileLayout
-from openvsa.select import pool_mean, spread
+from openvsa.select import pool_mean
+from openvsa.select.pool import spread
 
 lens_lists = st.one_of(
     st.lists(st.integers(1, 9), min_size=1, max_size=8), st.sampled_from([[4, 4, 4], [4, 4, 2], [3]])

@@ -23,7 +23,8 @@ from openvsa.nn.functional import compressed_attention
 from openvsa.nn.released import released_attention
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
-from openvsa.select import PooledTopK, ReleasedVSA, Selector, pool_mean, select_by_head, spread
+from openvsa.select import PooledTopK, ReleasedVSA, Selector, pool_mean, select_by_head
+from openvsa.select.pool import spread
 
 __all__ = ["LearnedBranch", "add_branch", "check_settings", "load_branch", "remove_branch", "warn_without_branch"]
 
@@ -193,12 +194,10 @@ class LearnedBranch:
                 raise UnsupportedError(f"the released VSA weights have the scale 1 / sqrt(head_dim), got {scale}")
             return released_attention(q, k, v, weight.to(q.dtype), layout, selector, backend=backend)
         q_means, k_means, v_means = (pool_mean(x, layout.blocks) for x in (q, k, v))
-        if isinstance(budget, tuple):
-            plan = select_by_head(selector, q, k, layout, budget)
-        elif type(selector) is PooledTopK:
+        if type(selector) is PooledTopK and isinstance(budget, Budget):
             plan = selector.plan(q_means, k_means, layout, budget)
         else:
-            plan = selector(q, k, layout, budget)
+            plan = select_by_head(selector, q, k, layout, budget)
         sparse = block_sparse_attention(q, k, v, plan, scale=scale, backend=backend)
         compressed = compressed_attention(q_means, k_means, v_means, q.shape[-1] ** -0.5 if scale is None else scale)
         return (sparse + weight * spread(compressed.to(q.dtype), layout.blocks)).to(q.dtype), plan

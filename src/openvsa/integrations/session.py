@@ -28,7 +28,8 @@ from openvsa.layout.keep import fakes_are_on
 from openvsa.layout.shelf import kept_layout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
-from openvsa.select import PooledTopK, permute_pool_all, select_by_head
+from openvsa.select import PooledTopK, select_by_head
+from openvsa.select.pool import permute_pool_all
 
 __all__ = ["Session", "captures_graph"]
 
@@ -219,13 +220,10 @@ class Session:
             )
         else:
             if plan is None:
-                if not isinstance(budget, tuple):
-                    if pooled is not None and isinstance(config.selector, PooledTopK):
-                        plan = config.selector.plan(
-                            pooled[0][:, layout.q_tile_blocks], pooled[1][:, layout.tile_blocks], layout, budget
-                        )
-                    else:
-                        plan = config.selector(q, k, layout, budget)
+                if pooled is not None and isinstance(config.selector, PooledTopK) and isinstance(budget, Budget):
+                    plan = config.selector.plan(
+                        pooled[0][:, layout.q_tile_blocks], pooled[1][:, layout.tile_blocks], layout, budget
+                    )
                 else:
                     plan = select_by_head(config.selector, q, k, layout, budget)
                 if kept is not None:

@@ -13,7 +13,8 @@ from openvsa.layout.tile import check_layout
 from openvsa.ops import block_sparse_attention
 from openvsa.ops.attention import attend, check_qkv, scale_of
 from openvsa.plan.rank import row_chunks
-from openvsa.select import PooledTopK, Selector, permute_pool_all, pooled_scores, unpermute_add, weighted_product
+from openvsa.select import PooledTopK, Selector, pooled_scores
+from openvsa.select.pool import permute_pool_all, unpermute_add, weighted_product
 from openvsa.select.pooled import product
 from openvsa.torch_op import check_visible
 

@@ -10,7 +10,7 @@ from openvsa.layout import TileLayout
 from openvsa.layout.tile import check_layout
 from openvsa.ops import block_sparse_attention
 from openvsa.plan import BlockPlan
-from openvsa.select import spread
+from openvsa.select.pool import spread
 from openvsa.select.released import ReleasedVSA
 
 __all__ = ["released_attention"]

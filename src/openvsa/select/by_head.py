@@ -17,7 +17,7 @@ __all__ = ["select_by_head"]
 
 
 def select_by_head(
-    selector: Selector, q: Tensor, k: Tensor, layout: TileLayout, budgets: Sequence[Budget]
+    selector: Selector, q: Tensor, k: Tensor, layout: TileLayout, budgets: Budget | Sequence[Budget]
 ) -> BlockPlan:
     """The plan in which head h keeps what `selector` chooses for it under `budgets[h]`.
 
@@ -26,11 +26,13 @@ def select_by_head(
 
     Args:
         selector, q, k, layout: as for a Selector: q [B, S, H, D] and k [B, S, Hkv, D] in block order.
-        budgets: one for each of the H query heads.
+        budgets: one for each of the H query heads, or one for all.
 
     Raises:
         BudgetError: there are not as many budgets as heads.
     """
+    if isinstance(budgets, Budget):
+        return selector(q, k, layout, budgets)
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
     if len(budgets) != heads:
         raise BudgetError(f"budgets by head need one for each of the {heads} heads, got {len(budgets)}")
