@@ -23,6 +23,7 @@ def test_dense_to_vsa_and_back(openvsa_command: Callable, dense: Path, tmp_path:
     outcome = openvsa_command("convert", dense, vsa, "--to", "fastvideo", "--branch", "zero")
     assert outcome == (
         0,
+        "converting dense.safetensors (1 of 1)\n"
         f"wrote {vsa}: 4 tensors, 0 under a new name\n"
         "added zero branch weights to 1 blocks: the model computes what it did\n",
         "",
@@ -40,7 +41,9 @@ def test_a_refused_checkpoint_is_one_message(openvsa_command: Callable, tmp_path
     save_file({"decoder.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     outcome = openvsa_command("convert", tmp_path / "other.safetensors", tmp_path / "out.safetensors")
     assert (outcome.status, outcome.out) == (2, "")
-    assert "error: 1 of 1 names belong to no Wan transformer, so nothing was converted: decoder.weight" in outcome.err
+    assert outcome.err == (
+        "error: 1 of 1 names are not those of a Wan transformer for text or image to video: decoder.weight\n"
+    )
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -48,3 +51,17 @@ def test_names_of_options_are_checked(openvsa_command: Callable, dense: Path, tm
     outcome = openvsa_command("convert", dense, tmp_path / "out.safetensors", "--to", "comfy")
     assert outcome.status == 2
     assert "got 'comfy'" in outcome.err
+
+
+def test_a_target_below_a_file_is_one_message(openvsa_command: Callable, dense: Path) -> None:
+    outcome = openvsa_command("convert", dense, dense / "out.safetensors")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: {dense / 'out.safetensors'} cannot be written: ")
+
+
+def test_zero_branch_weights_replace_no_trained_ones(openvsa_command: Callable, dense: Path, tmp_path: Path) -> None:
+    vsa = tmp_path / "vsa.safetensors"
+    openvsa_command("convert", dense, vsa, "--branch", "zero")
+    outcome = openvsa_command("convert", vsa, tmp_path / "out.safetensors", "--branch", "zero")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "has branch weights already" in outcome.err

@@ -95,11 +95,39 @@ def test_every_form_becomes_both_layouts(form: Callable, image: bool) -> None:
         assert same(renamed, expected)
 
 
-def test_unknown_names_are_all_listed() -> None:
+def test_unknown_names_are_listed() -> None:
     names = [*released(wan()), "blocks.0.attn1.to_qkv.weight", "lora.up", "blocks.0.to_gate_fine.weight"]
     with pytest.raises(OpenVSAError, match=r"3 of .* names") as error:
         rename(names)
     assert all(name in str(error.value) for name in names[-3:])
+    assert "prefix" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "model.diffusion_model."])
+def test_of_many_unknown_names_a_few_are_listed_and_their_prefix(prefix: str) -> None:
+    names = [prefix + name for name in released(wan())]
+    with pytest.raises(
+        OpenVSAError, match=rf"and {len(names) - 5} more\. Without the prefix '{prefix}'.*save"
+    ) as error:
+        rename(names)
+    assert len(str(error.value)) < 600
+    with pytest.raises(OpenVSAError, match=f"^{len(names) + 1} of {len(names) + 1} names") as error:
+        rename([*names, "vae.conv.weight"])
+    assert "prefix" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vace_blocks.0.attn1.to_q.weight", "VACE and Wan Animate cannot be converted"),
+        ("transformer.vace_patch_embedding.bias", "VACE and Wan Animate cannot be converted"),
+        ("face_adapter.0.to_q.weight", "VACE and Wan Animate cannot be converted"),
+        ("model.diffusion_model.blocks.0.self_attn.q.weight", "Wan's own release: .*from_single_file"),
+    ],
+)
+def test_checkpoints_that_people_have_get_advice(name: str, said: str) -> None:
+    with pytest.raises(OpenVSAError, match=said):
+        rename([name])
 
 
 def test_two_names_of_one_tensor_are_refused() -> None:
@@ -193,9 +221,37 @@ def index_name(path: Path) -> str:
     return next(path.glob("*.index.json")).name
 
 
-def test_zero_leaves_trained_branch_weights_alone(folder: Path, tmp_path: Path) -> None:
-    assert convert(folder, tmp_path / "out", "fastvideo", branch="zero").added == 0
-    assert same(contents(tmp_path / "out"), contents(folder))
+def test_zero_is_for_dense_checkpoints_alone(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OpenVSAError, match=r'has branch weights already.*use "keep"; or "drop" first'):
+        convert(folder, tmp_path / "out", "fastvideo", branch="zero")
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_needs_to_q_of_every_block(sharded: Path, tmp_path: Path) -> None:
+    save_file({"proj_out.bias": torch.ones(2)}, tmp_path / "few.safetensors")
+    with pytest.raises(OpenVSAError, match=r"lacks blocks\.N\.attn1\.to_q"):
+        convert(tmp_path / "few.safetensors", tmp_path / "out.safetensors", branch="zero")
+    with pytest.raises(OpenVSAError, match=r"lacks blocks\.\d\.attn1\.to_q.*give their folder"):
+        convert(sorted(sharded.glob("*.safetensors"))[1], tmp_path / "out.safetensors", branch="zero")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(OpenVSAError, match="has no tensors, so nothing would be written"):
+        convert(tmp_path / "empty.safetensors", tmp_path / "out.safetensors")
+    branch = {f"blocks.0.to_gate_compress.{part}": torch.ones(2) for part in ("weight", "bias")}
+    save_file(branch, tmp_path / "branch.safetensors")
+    with pytest.raises(OpenVSAError, match="no tensors but branch weights"):
+        convert(tmp_path / "branch.safetensors", tmp_path / "out.safetensors", branch="drop")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_every_file_is_told_of(sharded: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    convert(sharded, tmp_path / "out", on_file=lambda *of: told.append(of))
+    names = sorted(file.name for file in sharded.glob("*.safetensors"))
+    assert told == [(name, number, len(names)) for number, name in enumerate(names, 1)]
 
 
 def test_a_dense_checkpoint_has_no_branch(sharded: Path) -> None:
@@ -204,6 +260,15 @@ def test_a_dense_checkpoint_has_no_branch(sharded: Path) -> None:
 
 def shard(path: Path) -> Path:
     return sorted(path.glob("*.safetensors"))[0]
+
+
+def write_map(path: Path, weight_map: object) -> None:
+    (path / index_name(path)).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def lose(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file.parent / "nowhere")
 
 
 def cut(file: Path) -> None:
@@ -218,6 +283,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda path: cut(shard(path)), "cut off"),
     "no-index": (lambda path: next(path.glob("*.index.json")).unlink(), "one index of them"),
     "bad-index": (lambda path: next(path.glob("*.index.json")).write_text("{}"), "is no index"),
+    "list": (lambda path: write_map(path, ["a"]), r"weight_map must be an object .* got \['a'\]"),
+    "numbers": (lambda path: write_map(path, {"a": 1}), r"weight_map must be an object .* got \{'a': 1\}"),
+    "lost": (lambda path: lose(shard(path)), "cannot be read"),
     "pickled": (lambda path: (path / "diffusion_pytorch_model.bin").touch(), "pickled weights"),
     "folder": (lambda path: (path / "more").mkdir(), "folders that would be lost: more"),
     "pipeline": (lambda path: (path / "model_index.json").touch(), "whole pipeline"),
@@ -257,8 +325,20 @@ def test_wrong_arguments(folder: Path, tmp_path: Path) -> None:
         convert(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(OpenVSAError, match="no safetensors file"):
         convert(folder / "config.json", tmp_path / "out")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OpenVSAError, match="exists already"):
+        convert(folder, tmp_path / "link")
     with pytest.raises(OpenVSAError, match="keep, zero, drop, got 'half'"):
         convert(folder, tmp_path / "out", branch="half")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["file/out", "file/there/out", "/proc/out", "o" * 300])
+def test_a_target_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OpenVSAError, match=r"cannot be written: .* give a path in a folder"):
+        convert(folder, tmp_path / name)
+    with pytest.raises(OpenVSAError, match="cannot be written"):
+        convert(folder / "diffusion_pytorch_model.safetensors", tmp_path / f"{name}.safetensors")
 
 
 def test_a_missing_package_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, get_args
 
 import torch
@@ -77,7 +78,10 @@ _KNOWN = re.compile(
     )
 )
 _OF_BRANCH = re.compile(rf"blocks\.(\d+)\.attn1\.{BRANCH}\.(weight|bias)")
-_TO_Q = re.compile(r"blocks\.(\d+)\.attn1\.to_q\.(weight|bias)")
+
+# What only Wan VACE and Wan Animate have, and what Wan's own release and ComfyUI call their attentions.
+_OF_OTHERS = re.compile(r"(?:^|\.)(?:vace_blocks|vace_patch_embedding|pose_patch_embedding|(?:motion|face)_\w+)\.")
+_OF_RELEASE = re.compile(r"(?:^|\.)(?:self|cross)_attn\.[qkvo]\.")
 
 # Weights that are pickled: reading one may run code.
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -94,8 +98,8 @@ def rename(names: Iterable[str], to: Layout = "diffusers") -> dict[str, str]:
             block (`blocks.N.to_gate_compress`), as published. All other names are Diffusers' in both.
 
     Raises:
-        OpenVSAError: names that no Wan transformer has, all of them listed; two names of one tensor; or branch weights
-            for some blocks and not for others.
+        OpenVSAError: names that no Wan transformer has but VACE and Animate, or none at all; two names of one tensor;
+            or branch weights for some blocks and not for others.
     """
     if to not in get_args(Layout):
         raise OpenVSAError(f"a checkpoint can be converted to {' or '.join(get_args(Layout))}, got {to!r}")
@@ -103,8 +107,8 @@ def rename(names: Iterable[str], to: Layout = "diffusers") -> dict[str, str]:
     unknown = sorted(name for name, plain in ours.items() if not _KNOWN.fullmatch(plain))
     if unknown:
         raise OpenVSAError(
-            f"{len(unknown)} of {len(ours)} names belong to no Wan transformer, so nothing was converted: "
-            f"{', '.join(unknown)}"
+            f"{len(unknown)} of {len(ours)} names are not those of a Wan transformer for text or image to video: "
+            f"{_few(unknown)}{_advice(unknown, every=len(unknown) == len(ours))}"
         )
     seen: dict[str, str] = {}
     for name, plain in ours.items():
@@ -125,14 +129,40 @@ def _plain(name: str) -> str:
     return name
 
 
+def _advice(unknown: list[str], *, every: bool) -> str:
+    """What to do about names that are not known (`every`: no name is), for the files that people have."""
+    prefix = ""
+    for part in unknown[0].split(".") if every else ():
+        prefix += f"{part}."
+        if all(name.startswith(prefix) and _KNOWN.fullmatch(_plain(name[len(prefix) :])) for name in unknown):
+            return (
+                f". Without the prefix {prefix!r}, which all have, they are: save the tensors without it (load_file "
+                "and save_file of safetensors.torch), and use that file"
+            )
+    if any(map(_OF_OTHERS.search, unknown)):
+        return ". Transformers of Wan VACE and Wan Animate cannot be converted"
+    if any(map(_OF_RELEASE.search, unknown)):
+        return (
+            ". These are names of Wan's own release: let Diffusers load the file "
+            "(WanTransformer3DModel.from_single_file) and save it (save_pretrained), and use that folder"
+        )
+    return ""
+
+
+def _few(names: Collection[str]) -> str:
+    """At most five of the names, and how many more there are."""
+    listed = ", ".join(list(names)[:5])
+    return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
+
+
 def _check_branch(names: Iterable[str]) -> None:
     """Branch weights, weight and bias, are there for all blocks or for none. `names` are of the layout "diffusers"."""
     parts = {(int(found[1]), found[2]) for name in names if (found := _OF_BRANCH.fullmatch(name))}
     blocks = {int(found[1]) for name in names if (found := re.match(_BLOCK, name))}
     missing = sorted({(block, part) for block in blocks for part in ("weight", "bias")} - parts)
     if parts and missing:
-        listed = ", ".join(f"blocks.{block}.{BRANCH}.{part}" for block, part in missing)
-        raise OpenVSAError(f"the checkpoint has branch weights for some blocks but lacks {listed}")
+        lost = [f"blocks.{block}.{BRANCH}.{part}" for block, part in missing]
+        raise OpenVSAError(f"the checkpoint has branch weights for some blocks but lacks {_few(lost)}")
 
 
 @dataclass(frozen=True)
@@ -159,6 +189,7 @@ def convert(
     to: Layout = "diffusers",
     *,
     branch: Branch = "keep",
+    on_file: Callable[[str, int, int], None] | None = None,
 ) -> Conversion:
     """Write a Wan checkpoint in the other layout, from a dense model to a VSA model, or back.
 
@@ -171,28 +202,33 @@ def convert(
         to: as in `rename`.
         branch: "keep" leaves branch weights as they are; "zero" gives zero ones to a dense checkpoint, which then
             computes the same; "drop" leaves them out, which makes a dense checkpoint but not the same model.
+        on_file: called before each file of tensors with its name, its number from 1, and how many there are.
 
     Raises:
-        OpenVSAError: see `rename`; source or target are not as above; or the index does not match its files.
+        OpenVSAError: see `rename`; source or target are not as above; the index does not match its files; "zero" for
+            a checkpoint that has branch weights, or not to_q of every block; or no tensor is left.
         MissingExtraError: the package safetensors is missing.
     """
     source, target = Path(source), Path(target)
     if branch not in get_args(Branch):
         raise OpenVSAError(f"branch must be one of {', '.join(get_args(Branch))}, got {branch!r}")
-    if target.exists():
+    if os.path.lexists(target):
         raise OpenVSAError(f"{target} exists already; give a path that does not, so that nothing is overwritten")
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise OpenVSAError(f"{target} is inside of {source}, whose files it would join; give a path elsewhere")
     checkpoint = _open(source)
-    names = rename(checkpoint.places, to)
-    plan = _Plan.of(names, to, branch)
+    plan = _Plan.of(rename(checkpoint.places, to), to, branch)
+    if not plan.names:
+        what = "no tensors but branch weights" if checkpoint.places else "no tensors"
+        raise OpenVSAError(
+            f"{source} has {what}, so nothing would be written; give the checkpoint of a Wan transformer"
+        )
     if source.is_file() and target.suffix != ".safetensors":
         raise OpenVSAError(f"{source} is one file, so the target must end in .safetensors, got {target}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as room:
+    with _room_for(target) as room:
         folder = Path(room) / "done"
         folder.mkdir()
-        _write(checkpoint, plan, folder)
+        _write(checkpoint, plan, folder, on_file)
         if source.is_file():
             os.rename(folder / source.name, target)
         else:
@@ -202,6 +238,17 @@ def convert(
     changed = sum(new != old for old, new in plan.names.items())
     blocks = sum(new.endswith(f"{BRANCH}.weight") for new in plan.names.values()) + len(plan.zeros) // 2
     return Conversion(len(plan.names) + len(plan.zeros), changed, blocks, len(plan.zeros) // 2, plan.dropped)
+
+
+def _room_for(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder on the same disk to write in, until all is done."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise OpenVSAError(
+            f"{target} cannot be written: {error}; give a path in a folder that you can write to, or one to be made"
+        ) from None
 
 
 def has_branch(folder: str | os.PathLike[str]) -> bool:
@@ -268,7 +315,7 @@ def _open(source: Path) -> _Checkpoint:
     for file in files:
         names = _names(file)
         if twice := sorted(places.keys() & set(names)):
-            raise OpenVSAError(f"{file} repeats tensors of other files of {source}: {', '.join(twice)}")
+            raise OpenVSAError(f"{file} repeats tensors of other files of {source}: {_few(twice)}")
         places |= dict.fromkeys(names, file.name)
     if indices:
         _check_index(indices[0], files, places)
@@ -278,13 +325,21 @@ def _open(source: Path) -> _Checkpoint:
 def _check_index(index: Path, files: list[Path], places: dict[str, str]) -> None:
     """The index lists every tensor of the files, and where it is."""
     try:
-        listed = json.loads(index.read_text())["weight_map"]
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise OpenVSAError(f"{index} is no index of safetensors files: {error!r}") from error
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise OpenVSAError(
+            f"{index} is no index of safetensors files: weight_map must be an object of the tensors' names and their "
+            f"files' names, got {shorten(repr(listed), 200)}"
+        )
     stray = sorted({file.name for file in files} - set(listed.values()))
     wrong = sorted(name for name in {*listed, *places} if listed.get(name) != places.get(name))
     if stray or wrong:
-        raise OpenVSAError(f"{index} does not match its files: stray files {stray}, wrong or missing tensors {wrong}")
+        raise OpenVSAError(
+            f"{index} does not match its files: stray files: {_few(stray) or 'none'}; wrong or missing tensors: "
+            f"{_few(wrong) or 'none'}; download the checkpoint again, or write it again"
+        )
 
 
 def _reader(file: Path) -> Any:
@@ -299,6 +354,8 @@ def _names(file: Path) -> list[str]:
             return list(reader.keys())
     except SafetensorError as error:
         raise OpenVSAError(f"{file} is no safetensors file, or it is cut off: {error}") from error
+    except OSError as error:  # such as a link of the hub's cache to a file that is gone
+        raise OpenVSAError(f"{file} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -312,25 +369,46 @@ class _Plan:
     @classmethod
     def of(cls, names: Mapping[str, str], to: Layout, branch: Branch) -> _Plan:
         of_branch = {old for old, new in names.items() if f".{BRANCH}." in new}
-        zeros: dict[str, str] = {}
         if branch == "drop":
             return cls({old: new for old, new in names.items() if old not in of_branch}, {}, len(of_branch) // 2)
-        if branch == "zero" and not of_branch:
-            middle = f"attn1.{BRANCH}" if to == "diffusers" else BRANCH
-            for old, new in names.items():
-                if found := _TO_Q.fullmatch(new):
-                    zeros[f"blocks.{found[1]}.{middle}.{found[2]}"] = old
-        return cls(dict(names), zeros, 0)
+        if branch == "zero" and of_branch:
+            raise OpenVSAError(
+                'the checkpoint has branch weights already, so branch "zero" has nothing to add: use "keep"; or "drop" '
+                "first, for zero ones in their place"
+            )
+        return cls(dict(names), _zeros(names, to) if branch == "zero" else {}, 0)
 
 
-def _write(checkpoint: _Checkpoint, plan: _Plan, folder: Path) -> None:
+def _zeros(names: Mapping[str, str], to: Layout) -> dict[str, str]:
+    """The names of the branch weights that a dense checkpoint lacks, each with the to_q whose shape it takes."""
+    old_names = {new: old for old, new in names.items()}
+    blocks = sorted({int(found[1]) for new in old_names if (found := re.match(_BLOCK, new))})
+    middle = f"attn1.{BRANCH}" if to == "diffusers" else BRANCH
+    like = {
+        f"blocks.{block}.{middle}.{part}": f"blocks.{block}.attn1.to_q.{part}"
+        for block in blocks
+        for part in ("weight", "bias")
+    }
+    missing = [name for name in like.values() if name not in old_names]
+    if missing or not blocks:
+        raise OpenVSAError(
+            "zero branch weights take the shape of to_q, and the checkpoint lacks "
+            f"{_few(missing) or 'blocks.N.attn1.to_q.weight and .bias'}; if it has several files, give their folder"
+        )
+    return {name: old_names[to_q] for name, to_q in like.items()}
+
+
+def _write(checkpoint: _Checkpoint, plan: _Plan, folder: Path, on_file: Callable[[str, int, int], None] | None) -> None:
     """The files of a checkpoint, one after another, and their index."""
     require("numpy", extra="io")  # safetensors writes through it
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}
     size = 0
-    for file in sorted(set(checkpoint.places.values())):
+    files = sorted(set(checkpoint.places.values()))
+    for number, file in enumerate(files, 1):
+        if on_file is not None:
+            on_file(file, number, len(files))
         with _reader(checkpoint.folder / file) as reader:
             tensors = dict(_of_file(reader, plan))
             if tensors:
@@ -338,10 +416,10 @@ def _write(checkpoint: _Checkpoint, plan: _Plan, folder: Path) -> None:
         weight_map |= dict.fromkeys(tensors, file)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if checkpoint.index is not None:
-        index = json.loads(checkpoint.index.read_text())
+        index = json.loads(checkpoint.index.read_text(encoding="utf-8"))
         index["weight_map"] = dict(sorted(weight_map.items()))
-        if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] = size
+        if isinstance(about := index.get("metadata"), dict) and "total_size" in about:
+            about["total_size"] = size
         (folder / checkpoint.index.name).write_text(json.dumps(index, indent=2) + "\n")
 
 
