@@ -94,18 +94,28 @@ def test_mistakes_are_named(wrong: dict[str, Any], said: str) -> None:
         ("[1]", "must be an object"),
         ("{", "cannot be parsed"),
         ('{"density": 0.1, "sparsity": 0.9}', "unknown settings sparsity; known are density"),
-        ('{"density": 0.1, "selector": {"name": "Best"}}', "PooledTopK.*got 'Best'"),
+        ('{"density": 0.1, "selector": {"name": "Best"}}', r"\(PooledTopK, ReleasedVSA\), got 'Best'"),
+        ('{"density": 0.1, "selector": {"name": "Selector"}}', "got 'Selector'"),
+        (
+            '{"density": 0.1, "selector": {"name": "PooledTopK", "foo": 1}}',
+            "unknown settings of selector PooledTopK foo; known are scale, length_bias",
+        ),
+        ('{"density": 0.1, "selector": {"name": "ReleasedVSA"}}', "selector ReleasedVSA must have sparsity, got {}"),
         ('{"density": "much"}', "must be a number"),
-        ('{"density": 0.1, "steps": {"first": 0.5}}', "no settings of sparsify"),
-        ('{"budget": 0.1}', "no settings of sparsify"),
+        ('{"density": 0.1, "steps": {"first": 0.5}}', r"steps must be a mapping .* got \{'first': 0\.5\}"),
+        ('{"budget": 0.1}', "settings of budget must be an object of names and values, got 0.1; names are top_k"),
+        ('{"budget": [1]}', r"settings of budget must be an object of names and values, got \[1\]"),
+        ('{"budget": {"top": 1}}', "unknown settings of budget top; known are top_k"),
+        ('{"density": 0.1, "backend": ["cpu"]}', r"backend must be .* got \['cpu'\]"),
         ('{"density": 0.1, "dense_layers": "blocks.0.attn1"}', "dense_layers must be"),
     ],
 )
 def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text(text)
-    with pytest.raises(openvsa.OpenVSAError, match=said):
+    with pytest.raises(openvsa.OpenVSAError, match=said) as error:
         SparsityConfig.load(path)
+    assert "settings.json" in str(error.value)
     with pytest.raises(openvsa.OpenVSAError, match="cannot read"):
         SparsityConfig.load(tmp_path / "none.json")
 

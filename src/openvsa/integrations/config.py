@@ -128,7 +128,7 @@ class SparsityConfig:
             "dense_layers": _is_list(self.dense_layers)
             and all(isinstance(layer, str) or _is_whole(layer) for layer in self.dense_layers),
             "selector": callable(self.selector) and not isinstance(self.selector, type),
-            "backend": self.backend in {"auto", *(backend.name for backend in backends())},
+            "backend": self.backend in ["auto", *(backend.name for backend in backends())],
             "strict": isinstance(self.strict, bool),
         }
         for name, fine in right.items():
@@ -253,26 +253,19 @@ class SparsityConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            OpenVSAError: a name is unknown, or a value is out of range.
+            OpenVSAError: it is no mapping, a name is unknown or missing, or a value is out of range or of another type.
         """
-        values = dict(values)
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise OpenVSAError(f"unknown settings {', '.join(map(str, unknown))}; known are {', '.join(known)}")
-        try:
-            if values.get("budget") is not None:
-                values["budget"] = Budget(**values["budget"])
-            if "selector" in values:
-                values["selector"] = _selector_from_dict(values["selector"])
-            steps = values.get("steps")
-            if isinstance(steps, Mapping):  # the keys of a JSON object are strings
-                values["steps"] = {int(of) if isinstance(of, str) else of: share for of, share in steps.items()}
-            return cls(**values)
-        except OpenVSAError:
-            raise
-        except (TypeError, AttributeError, ValueError) as error:
-            raise OpenVSAError(f"these are no settings of sparsify: {error}") from None
+        values = _checked(cls, values, "settings")
+        if values.get("budget") is not None:
+            values["budget"] = Budget(**_checked(Budget, values["budget"], "settings of budget"))
+        if "selector" in values:
+            values["selector"] = _selector_from_dict(values["selector"])
+        steps = values.get("steps")
+        if isinstance(steps, Mapping):  # the keys of a JSON object are strings
+            values["steps"] = {
+                int(of) if isinstance(of, str) and of.isdecimal() else of: share for of, share in steps.items()
+            }
+        return cls(**values)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write `to_dict` as JSON, or as YAML if the name ends in .yaml or .yml (needs the package PyYAML).
@@ -294,7 +287,7 @@ class SparsityConfig:
         """Read what `save` wrote, or the densities of a BudgetTable, such as `openvsa audit --budget` writes.
 
         Raises:
-            OpenVSAError: the file cannot be read or holds neither.
+            OpenVSAError: the file cannot be read or holds neither, or as in `from_dict`; the message names the file.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -309,11 +302,12 @@ class SparsityConfig:
             values = parse(text)
         except broken as error:
             raise OpenVSAError(f"the settings {str(path)!r} cannot be parsed: {error}") from None
-        if not isinstance(values, dict):
-            raise OpenVSAError(f"the settings {str(path)!r} must be an object of names and values, got {values!r}")
-        if "format" in values:
-            return cls.of_table(BudgetTable.from_json(json.dumps(values)))
-        return cls.from_dict(values)
+        try:
+            if isinstance(values, dict) and "format" in values:
+                return cls.of_table(BudgetTable.from_json(json.dumps(values)))
+            return cls.from_dict(values)
+        except OpenVSAError as error:
+            raise type(error)(f"in the file {str(path)!r}: {error}") from None
 
     @classmethod
     def of_table(cls, table: BudgetTable, **changes: Any) -> SparsityConfig:
@@ -352,9 +346,29 @@ def _selector_to_dict(selector: Selector) -> dict[str, Any]:
 def _selector_from_dict(values: Mapping[str, Any]) -> Selector:
     values = dict(values) if isinstance(values, Mapping) else {"name": values}
     name = values.pop("name", None)
-    known = [one for one in selectors.__all__ if "__call__" in vars(getattr(selectors, one))]
+    kinds = {one: getattr(selectors, one) for one in selectors.__all__}
+    known = [one for one, kind in kinds.items() if dataclasses.is_dataclass(kind) and "__call__" in vars(kind)]
     if name not in known:
         raise OpenVSAError(
             f"the selector must have the name of one of openvsa.select ({', '.join(known)}), got {name!r}"
         )
-    return getattr(selectors, name)(**values)
+    return kinds[name](**_checked(kinds[name], values, f"settings of selector {name}"))
+
+
+def _checked(kind: Any, values: Any, what: str) -> dict[str, Any]:
+    """A copy of the names and values that a dataclass is to be made of. `what` they are is for the message.
+
+    Raises:
+        OpenVSAError: `values` is no mapping, has a name that the dataclass does not, or lacks one.
+    """
+    fields = dataclasses.fields(kind)
+    known = ", ".join(field.name for field in fields)
+    if not isinstance(values, Mapping):
+        raise OpenVSAError(f"{what} must be an object of names and values, got {values!r}; names are {known}")
+    unknown = [str(name) for name in values if name not in [field.name for field in fields]]
+    if unknown:
+        raise OpenVSAError(f"unknown {what} {', '.join(unknown)}; known are {known}")
+    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING and f.name not in values]
+    if needed:
+        raise OpenVSAError(f"{what} must have {', '.join(needed)}, got {dict(values)!r}")
+    return dict(values)
