@@ -50,6 +50,7 @@ ON_DEMAND = {
     "models": {"diffusers", "safetensors"},
     "train": {"diffusers", "safetensors"},
     "cli.app": {"typer"},
+    "cli.numbers": {"typer"},
     "cli.bench": {"rich"},
     "cli.doctor": {"rich"},
     "cli.audit": {"rich"},

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+import openvsa
 from openvsa.cli import doctor, plain_errors
 from openvsa.errors import ShapeError
 
@@ -17,6 +18,10 @@ def test_help_names_every_command(openvsa_command: Callable) -> None:
     outcome = openvsa_command("--help")
     assert outcome.status == 0
     assert all(name in outcome.out for name in ("generate", "train", "doctor"))
+
+
+def test_version(openvsa_command: Callable) -> None:
+    assert openvsa_command("--version") == (0, f"openvsa {openvsa.__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["paint"], ["generate", "--colour", "red"], ["generate", "--steps", "0"]])

@@ -134,6 +134,25 @@ def test_train_refuses_before_any_work(
     assert received == {}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("generate --density abc", "'--density': it must be a number, got 'abc'"),
+        ("generate --seed 1.5", "'--seed': it must be a whole number, got '1.5'"),
+        ("generate --steps -1", "'--steps': it must be a whole number >= 1, got '-1'"),
+        ("audit --query-blocks 0", "'--query-blocks': it must be a whole number >= 1, got '0'"),
+        ("train --minutes long", "'--minutes': it must be a number, got 'long'"),
+        ("bench --seconds 0.5", "'--seconds': it must be a number >= 1, got '0.5'"),
+        ("bench --threshold nan", "'--threshold': it must be a number >= 0, got 'nan'"),
+        ("doctor --tokens 0", "'--tokens': it must be a whole number >= 1, got '0'"),
+    ],
+)
+def test_a_wrong_number_is_shown(openvsa_command: Callable, arguments: str, message: str) -> None:
+    outcome = openvsa_command(*arguments.split())
+    assert (outcome.status, outcome.out) == (2, "")
+    assert message in " ".join(outcome.err.replace("│", " ").split())  # typer draws a frame around it
+
+
 def test_an_error_of_the_work_is_one_message(
     openvsa_command: Callable, received: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+import openvsa
 from openvsa.cli import plain_errors
+from openvsa.cli.numbers import real, whole
 from openvsa.errors import OpenVSAError
 
 __all__ = ["app"]
@@ -22,6 +24,22 @@ app = typer.Typer(
 )
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"openvsa {openvsa.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_all(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+) -> None:
+    """What holds for no command in particular."""
 
 
 def _words(given: list[str]) -> list[str]:
@@ -43,24 +61,19 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to make a video of, for a Diffusers pipeline.")] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.25.")
+        float | None, real("Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.25.")
     ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="Settings instead of --density: a file, a table of openvsa audit, or a preset's name."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps; by default 16, or what the pipeline takes.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, for a Diffusers pipeline; by default its own.")] = None,
-    width: Annotated[int | None, typer.Option(help="The same.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, for a Diffusers pipeline.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second, for a Diffusers pipeline.")] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Strength of guidance, for a Diffusers pipeline; 1 is none."),
-    ] = None,
+    seed: Annotated[int, whole("Seed of the noise that the clips start from.")] = 0,
+    steps: Annotated[int | None, whole("Sampling steps; by default 16, or what the pipeline takes.", least=1)] = None,
+    height: Annotated[int | None, whole("Pixels, for a Diffusers pipeline; by default its own.")] = None,
+    width: Annotated[int | None, whole("The same.")] = None,
+    frames: Annotated[int | None, whole("Frames, for a Diffusers pipeline.")] = None,
+    fps: Annotated[float | None, real("Frames per second, for a Diffusers pipeline.")] = None,
+    guidance_scale: Annotated[float | None, real("Strength of guidance, for a Diffusers pipeline; 1 is none.")] = None,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the videos and the page.")] = Path("demo"),
     list_scenes: Annotated[bool, typer.Option("--list-scenes", help="Print the scenes and stop.")] = False,
@@ -104,11 +117,11 @@ def audit(
         str | None, typer.Option(help="Scene to continue, for the bundled model and those of `openvsa train`.")
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to continue.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, for a Diffusers pipeline.")] = None,
-    width: Annotated[int | None, typer.Option(help="The same.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, for a Diffusers pipeline.")] = None,
+    height: Annotated[int | None, whole("Pixels, for a Diffusers pipeline.")] = None,
+    width: Annotated[int | None, whole("The same.")] = None,
+    frames: Annotated[int | None, whole("Frames, for a Diffusers pipeline.")] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.125.")
+        float | None, real("Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.125.")
     ] = None,
     config: Annotated[
         str | None,
@@ -117,12 +130,12 @@ def audit(
     budget: Annotated[
         Path | None, typer.Option(help="File to write a table of densities by layer and head to, of the same mean.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise that the clips start from.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 8,
+    seed: Annotated[int, whole("Seed of the noise that the clips start from.")] = 0,
+    steps: Annotated[int, whole("Sampling steps.", least=1)] = 8,
     at: Annotated[
         list[str] | None, typer.Option(help="Sparse steps to look at, with commas between; by default three.")
     ] = None,
-    query_blocks: Annotated[int, typer.Option(min=1, help="Query blocks to look at in each layer.")] = 64,
+    query_blocks: Annotated[int, whole("Query blocks to look at in each layer.", least=1)] = 64,
     by: Annotated[str, typer.Option(help="What --budget tries one by one: head, or the quicker layer.")] = "head",
     device: Device = "cpu",
     out: Annotated[
@@ -159,12 +172,12 @@ def train(
         str, typer.Option(help="Recipe: miniature runs on a CPU, bundled made the bundled model.")
     ] = "miniature",
     film: Annotated[Path | None, typer.Option(help="Copy of the film; by default it is downloaded with pip.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="How long to train; by default the recipe says.")] = None,
-    steps: Annotated[int | None, typer.Option(help="The same in steps; give one of the two.")] = None,
+    minutes: Annotated[float | None, real("How long to train; by default the recipe says.")] = None,
+    steps: Annotated[int | None, whole("The same in steps; give one of the two.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="File to keep the state of the run in.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the weights and of what is drawn; by default 0, or the checkpoint's.")
+        int | None, whole("Seed of the weights and of what is drawn; by default 0, or the checkpoint's.")
     ] = None,
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the model and its loss curve.")] = Path("runs/train"),
@@ -215,13 +228,13 @@ def bench(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result file.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=1, help="Start no further case after this long.")] = None,
+    seconds: Annotated[float | None, real("Start no further case after this long.", least=1)] = None,
     commit: Annotated[str | None, typer.Option(help="Commit to record, where this is not a git checkout.")] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Print cases, suites and contenders, and stop.")] = False,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Compare two result files; status 1 if something got slower.")
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, help="Share by which a time may grow in --compare.")] = 0.05,
+    threshold: Annotated[float, real("Share by which a time may grow in --compare.", least=0)] = 0.05,
 ) -> None:
     """Measure kernels against each other, or whole models, after checking that they are right."""
     from openvsa.cli.bench import compare_files, list_all, run_bench
@@ -275,16 +288,16 @@ def convert(
 @app.command()
 @plain_errors()
 def doctor(
-    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 128,
+    head_dim: Annotated[int, whole("Channels of a head.", least=1)] = 128,
     block: Annotated[str, typer.Option(help="Tokens of a block: 64, or 128x64 for query blocks of 128.")] = "64",
     ragged: Annotated[bool, typer.Option("--ragged", help="Blocks differ in length.")] = False,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on a GPU, float32 on the CPU.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the sequence.")] = 32768,
-    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 12,
-    head_dim_v: Annotated[int | None, typer.Option(min=1, help="Channels of a head of v, if others.")] = None,
-    kv_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of k and v, if others.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Heads of k and v, if fewer (grouped heads).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences in the batch.")] = 1,
+    tokens: Annotated[int, whole("Length of the sequence.", least=1)] = 32768,
+    heads: Annotated[int, whole("Number of heads.", least=1)] = 12,
+    head_dim_v: Annotated[int | None, whole("Channels of a head of v, if others.", least=1)] = None,
+    kv_tokens: Annotated[int | None, whole("Tokens of k and v, if others.", least=1)] = None,
+    kv_heads: Annotated[int | None, whole("Heads of k and v, if fewer (grouped heads).", least=1)] = None,
+    batch: Annotated[int, whole("Sequences in the batch.", least=1)] = 1,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="As torch's mode: the same bits in every run.")
     ] = False,
