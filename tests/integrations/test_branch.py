@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil, prod
@@ -172,6 +173,15 @@ def test_of_two_transformers_one_may_have_a_branch(model: WanTransformer3DModel,
         sparsify_released(Pipe(), method)  # pyright: ignore[reportArgumentType]
     assert torch.equal(run(Pipe.transformer), having)
     assert torch.equal(run(Pipe.transformer_2), without)
+
+
+def test_a_lost_branch_is_told_of_once(model: WanTransformer3DModel) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for sparsity in (0.8, 0.5, 0.0):
+            sparsify_released(model, ReleasedVSA(sparsity)).detach()
+    assert len(told) == 1
+    assert "ReleasedVSA is for weights that were trained with VSA" in str(told[0].message)
 
 
 def test_any_selector_and_a_density_for_each_head(model: WanTransformer3DModel, released: tuple) -> None:

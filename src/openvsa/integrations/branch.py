@@ -140,8 +140,9 @@ def check_settings(config: SparsityConfig, branch: bool) -> None:
 def warn_without_branch(config: SparsityConfig, layers: list[nn.Module]) -> None:
     """Tell who asks for the rule of the released weights that a model with these self-attentions has no branch."""
     if isinstance(config.selector, ReleasedVSA) and not any(hasattr(attn, BRANCH) for attn in layers):
+        # No word of the sparsity: Python shows a text once, and an audit sparsifies with several that nobody asked for.
         warnings.warn(
-            f"{config.selector} is for weights that were trained with VSA, and this model has no branch weights "
+            "ReleasedVSA is for weights that were trained with VSA, and this model has no branch weights "
             f"({BRANCH}): only the sparse part is computed. Diffusers leaves them out when it loads a model; "
             "openvsa.integrations.branch.load_branch puts them in, before sparsify",
             stacklevel=2,
