@@ -332,10 +332,19 @@ def test_wrong_arguments(folder: Path, tmp_path: Path) -> None:
         convert(folder, tmp_path / "out", branch="half")  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["file/out", "file/there/out", "/proc/out", "o" * 300])
-def test_a_target_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("file/out", "a part of the path is a file"),
+        ("file/there/out", "a part of the path is a file"),
+        ("/proc/out", "in /proc, "),
+        ("o" * 300, "File name too long"),
+    ],
+    ids=["in-a-file", "deep-in-a-file", "proc", "long"],
+)
+def test_a_target_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path, name: str, why: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OpenVSAError, match=r"cannot be written: .* give a path in a folder"):
+    with pytest.raises(OpenVSAError, match=f"cannot be written: .*{why}.* give a path in a folder"):
         convert(folder, tmp_path / name)
     with pytest.raises(OpenVSAError, match="cannot be written"):
         convert(folder / "diffusion_pytorch_model.safetensors", tmp_path / f"{name}.safetensors")

@@ -246,8 +246,10 @@ def _room_for(target: Path) -> tempfile.TemporaryDirectory[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
+        of_file = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "a part of the path is a file, no folder" if of_file else f"in {target.parent}, {error.strerror}"
         raise OpenVSAError(
-            f"{target} cannot be written: {error}; give a path in a folder that you can write to, or one to be made"
+            f"{target} cannot be written: {why}; give a path in a folder that you can write to"
         ) from None
 
 
