@@ -63,7 +63,7 @@ def test_generate_takes_every_option(openvsa_command: Callable, received: dict[s
 
 def test_generate_with_a_model_takes_every_option(openvsa_command: Callable, received: dict[str, Any]) -> None:
     options = "--model there/wan --prompt cat --image cat.png --density 0.5 --steps 4 --height 32 --width 48"
-    options += " --frames 9 --fps 8 --seed 3 --device cuda:1 --out there"
+    options += " --frames 9 --fps 8 --guidance-scale 1 --seed 3 --device cuda:1 --out there"
     assert openvsa_command("generate", *options.split()).status == 0
     assert received == {
         "model": "there/wan",
@@ -76,6 +76,7 @@ def test_generate_with_a_model_takes_every_option(openvsa_command: Callable, rec
         "width": 48,
         "frames": 9,
         "fps": 8.0,
+        "guidance_scale": 1.0,
         "seed": 3,
         "device": "cuda:1",
         "out": Path("there"),
