@@ -164,9 +164,44 @@ def test_a_table_does_not_replace_the_audit(
     assert "is a folder, or a file of the audit itself" in outcome.err
 
 
-def test_a_model_of_ones_own(openvsa_command: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "writer"),
+    [
+        (["--config", "mine.json", "--out", "mine.html"], "--out"),
+        (["--config", "link.json", "--out", "mine.html"], "--out"),
+        (["--config", "mine.json", "--budget", "./mine.json"], "--budget"),
+        (["--image", "start.html", "--out", "start.html"], "--out"),
+        (["--image", "start.html", "--budget", "folder/../start.html"], "--budget"),
+    ],
+)
+def test_no_file_that_was_given_is_replaced(
+    openvsa_command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], writer: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load_bundled", lambda *_: pytest.fail("the model is loaded already"))
+    SparsityConfig(density=0.5, min_tokens=0).save("mine.json")
+    Path("link.json").symlink_to("mine.json")
+    Path("folder").mkdir()
+    Image.new("RGB", (80, 48)).save("start.html", "PNG")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    outcome = openvsa_command("audit", *options)
+    assert outcome.status == 2
+    assert re.search(rf"the audit would write .* over the file of {options[0]} .*; give {writer} ", outcome.err)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_files_are_checked_before_the_model_is_loaded(
+    openvsa_command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_bundled", lambda *_: pytest.fail("the model is loaded already"))
+    for option in (["--out", "/proc/nowhere"], ["--budget", "/proc/nowhere/table.json"]):
+        assert "cannot write to the output folder '/proc/nowhere'" in openvsa_command("audit", *option).err
+
+
+def test_a_model_of_ones_own(openvsa_command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pipeline(small_pipeline(layers=1), tmp_path / "mine", {})
-    outcome = openvsa_command("audit", tmp_path / "mine", "--steps", 1, "--out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "mine")
+    outcome = openvsa_command("audit", ".", "--steps", 1, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     figures = AuditFigures.from_json((tmp_path / "out" / "audit.json").read_text())
     assert figures.settings.model == "mine"

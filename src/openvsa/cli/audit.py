@@ -55,7 +55,7 @@ def run_audit(
         image: for all: a picture to continue. Not every pipeline takes one.
         density: the share of the tiles to keep, 1/8 by default.
         config: settings instead of it: a file or a preset's name.
-        out: see `write_audit`.
+        out: see `write_audit`. Neither it nor `budget` replaces a file that was given.
 
     Raises:
         OpenVSAError: an argument is wrong, a package is missing, or the model cannot be loaded.
@@ -64,7 +64,6 @@ def run_audit(
         require(package, extra="demo")
     from openvsa.cli.generate import is_clip_model
     from openvsa.cli.generate_pair import available, check_numbers, describe, sparsity, versions
-    from openvsa.evaluate import check_output_folder
     from openvsa.evaluate.audit import Audit
     from openvsa.evaluate.audit_config import check_table
     from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings
@@ -82,15 +81,11 @@ def run_audit(
         check_table(settled)
     where = available(device)
     if model is None or is_clip_model(model):
-        subject = _own(model, scene, prompt, image, sizes, seed, where)
+        load_subject = _own(model, scene, prompt, image, sizes, seed, where)
     else:
-        subject = _diffusers(model, scene, prompt, image, sizes, seed, where)
-    target = page_of(out)
-    check_output_folder(target.parent)
-    if budget is not None:
-        if budget.is_dir() or budget.absolute() in (target.absolute(), target.with_suffix(".json").absolute()):
-            raise OpenVSAError(f"--budget {budget} is a folder, or a file of the audit itself; name another file")
-        check_output_folder(budget.parent)
+        load_subject = _diffusers(model, scene, prompt, image, sizes, seed, where)
+    _check_files(page_of(out), budget, {"--config": config, "--image": image})
+    subject = load_subject()
 
     options = subject.options | {
         "--config": config, "--density": None if config else settled.density, "--seed": seed, "--steps": steps,
@@ -115,7 +110,7 @@ def run_audit(
         found = audit.run(with_table=budget is not None)
     layout = found.layout
     settings = AuditSettings(
-        model="the bundled model" if model is None else Path(model).name,
+        model="the bundled model" if model is None else _name_of(model),
         subject=subject.title,
         command=shlex.join(["openvsa", "audit", *([model] if model else []), *words]),
         seed=seed,
@@ -143,6 +138,31 @@ def run_audit(
     return page
 
 
+def _check_files(page: Path, budget: Path | None, given: Mapping[str, str | Path | None]) -> None:
+    """Refuses files that cannot be written, or that would replace each other or one that was `given` by an option."""
+    from openvsa.evaluate import check_output_folder
+
+    written = [page, page.with_suffix(".json")]
+    if budget is not None:
+        if budget.is_dir() or budget.resolve() in [path.resolve() for path in written]:
+            raise OpenVSAError(f"--budget {budget} is a folder, or a file of the audit itself; name another file")
+        written.append(budget)
+    for option, file in given.items():
+        for path in written:
+            if file is not None and Path(file).is_file() and path.resolve() == Path(file).resolve():
+                writer = "--budget" if path is budget else "--out"
+                raise OpenVSAError(
+                    f"the audit would write {path} over the file of {option} {file}; give {writer} another name"
+                )
+    for path in written:
+        check_output_folder(path.parent)
+
+
+def _name_of(model: str) -> str:
+    """The name of a folder, also of one such as "."; or the id on the hub."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
 @dataclass(frozen=True)
 class _Subject:
     """A model, and how it makes the clip that is audited. `options` of the command line choose the clip."""
@@ -161,8 +181,8 @@ def _own(
     sizes: Mapping[str, int | None],
     seed: int,
     device: torch.device,
-) -> _Subject:
-    """The bundled model, or one that `openvsa train` made."""
+) -> Callable[[], _Subject]:
+    """What loads the bundled model, or one that `openvsa train` made."""
     from openvsa.cli.generate import load_clip_model, start
 
     given = ["prompt"] if prompt is not None else [name for name, size in sizes.items() if size is not None]
@@ -170,9 +190,13 @@ def _own(
         raise OpenVSAError(
             f"{given[0]} is for Diffusers pipelines; this model continues a scene: give --scene or --image"
         )
-    pipe = load_clip_model(model, device)
-    title, (option, name), begin = start(pipe, scene, image)
-    return _Subject(pipe, partial(pipe, **begin, seed=seed), title, {option: name})
+
+    def load() -> _Subject:
+        pipe = load_clip_model(model, device)
+        title, (option, name), begin = start(pipe, scene, image)
+        return _Subject(pipe, partial(pipe, **begin, seed=seed), title, {option: name})
+
+    return load
 
 
 def _diffusers(
@@ -183,8 +207,8 @@ def _diffusers(
     sizes: Mapping[str, int | None],
     seed: int,
     device: torch.device,
-) -> _Subject:
-    """Any Diffusers pipeline that `openvsa generate --model` takes, if it tells of its steps."""
+) -> Callable[[], _Subject]:
+    """What loads any Diffusers pipeline that `openvsa generate --model` takes, if it tells of its steps."""
     from openvsa.cli.pipelines import arguments, call, clip_of, load, pipeline_class
 
     if scene is not None:
@@ -196,15 +220,20 @@ def _diffusers(
     if "callback_on_step_end" not in asks:
         raise OpenVSAError(f"{kind.__name__} takes no callback_on_step_end, from which an audit learns the steps")
     given = arguments(kind, asks, prompt, image, sizes)
-    pipe = load(kind, model, device)
-
-    def make_clip(**keywords: Any) -> Tensor:
-        # Drawn on the CPU, so that every device starts from the same noise.
-        generator = torch.Generator().manual_seed(seed)
-        return clip_of(call(pipe, **given, **keywords, output_type="np", generator=generator))
-
     options = {"--prompt": prompt, "--image": image, "--height": sizes["height"], "--width": sizes["width"]}
-    return _Subject(pipe, make_clip, shorten(prompt or "", 90), options | {"--frames": sizes["num_frames"]})
+    options["--frames"] = sizes["num_frames"]
+
+    def loaded() -> _Subject:
+        pipe = load(kind, model, device)
+
+        def make_clip(**keywords: Any) -> Tensor:
+            # Drawn on the CPU, so that every device starts from the same noise.
+            generator = torch.Generator().manual_seed(seed)
+            return clip_of(call(pipe, **given, **keywords, output_type="np", generator=generator))
+
+        return _Subject(pipe, make_clip, shorten(prompt or "", 90), options)
+
+    return loaded
 
 
 def _audited(at: str | None, steps: int, config: SparsityConfig) -> tuple[int, ...]:
