@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def test_an_audit_is_a_page_its_numbers_and_a_table(openvsa_command: Callable, m
     assert outcome.status == 0, outcome.err
     assert f"open {out}/audit.html" in outcome.out
     assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json"]
-    assert made == [2, 3, 2, 3, 2, 3], "dense, sparse and with the table, two untimed steps before each"
+    assert made == [2, 2, 3, 3, 2, 3], "untimed sparse; dense, sparse, with the table"
     figures = AuditFigures.from_json((out / "audit.json").read_text())
     assert figures.settings.model == "the bundled model"
     assert list(figures.steps) == [0, 2]
@@ -100,7 +101,7 @@ def test_without_a_table_and_without_options(
     monkeypatch.chdir(tmp_path)
     outcome = openvsa_command("audit")
     assert outcome.status == 0, outcome.err
-    assert made == [2, 8, 2, 8]
+    assert made == [2, 2, 8, 8]
     figures = AuditFigures.from_json(Path("audit/audit.json").read_text())
     assert list(figures.steps) == [1, 4, 6]
     assert figures.table is None
@@ -111,7 +112,7 @@ def test_an_audit_of_a_preset(openvsa_command: Callable, made: list[int], tmp_pa
     outcome = openvsa_command("audit", "--config", "wan", "--steps", 6, "--out", tmp_path)
     assert outcome.status == 0, outcome.err
     assert "dense      1 of 6 steps and 1 of 2 layers" in outcome.out
-    assert made == [2, 6, 2, 6]
+    assert made == [2, 2, 6, 6]
     figures = AuditFigures.from_json((tmp_path / "audit.json").read_text())
     assert list(figures.steps) == [1, 3, 5], "three of those that are sparse"
     assert figures.settings.density == 0.25
@@ -121,6 +122,31 @@ def test_an_audit_of_a_preset(openvsa_command: Callable, made: list[int], tmp_pa
     assert openvsa_command(*shlex.split(figures.settings.command)[1:]).status == 0
     again = AuditFigures.from_json((tmp_path / "audit.json").read_text())
     assert (again.calls, again.dense_calls) == (figures.calls, figures.dense_calls), "the same numbers"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"min_tokens": 10**6},
+            r"every layer stays dense .* \(min_tokens is 1000000\), so that there is nothing to audit",
+        ),
+        ({"dense_layers": [0, 1]}, r"every layer stays dense .* \(it is one of dense_layers\)"),
+        ({"tile": [4, 4]}, "give a tile side for each axis"),
+        ({"backend": "fa4"}, "fa4"),
+    ],
+    ids=["short", "dense-layers", "tile", "backend"],
+)
+def test_settings_that_cannot_run_are_refused_after_a_short_generation(
+    openvsa_command: Callable, made: list[int], tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"density": 0.5, "min_tokens": 0} | settings))
+    outcome = openvsa_command("audit", "--config", file, "--steps", 6, "--out", tmp_path)
+    assert outcome.status == 2
+    assert re.search(message, outcome.err), outcome.err
+    assert made in ([2], []), "no whole generation"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
 
 def test_an_audit_of_a_file(openvsa_command: Callable, made: list[int], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from openvsa.evaluate.recorder import AttentionRecord, AttentionRecorder
 from openvsa.integrations.checkpoint import BRANCH
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.diffusers import SparseHandle, observe, sparsify
-from openvsa.integrations.report import AttentionEvent, SparsityReport
+from openvsa.integrations.report import AttentionEvent, LayerReport, SparsityReport
 from openvsa.layout import TileLayout
 from openvsa.layout.shelf import kept_layout
 from openvsa.select import BudgetTable, select_by_head
@@ -134,8 +134,7 @@ class Audit:
         """
         if with_table:
             check_table(self._config)
-        with sparsify(self._pipe, config=self._config):
-            pass  # settings that do not fit the model are refused before it works
+        self._warm_up_sparse()
         forwards: list[_Forward] = []
         moves: dict[int, float] = {}
         dense_clip, dense_latents, dense_time, _ = self._generate("full attention", self._full, forwards, moves)
@@ -143,8 +142,8 @@ class Audit:
             dense_time = self._generate("without branch", self._observe)[2]
         moved = [moves.get(forward.step, moves.get(forward.step + 1, 1.0)) for forward in forwards]
         recorder = AttentionRecorder([forward.step for forward in forwards], max_heads=4, max_bytes=2 << 20)
-        changed, why_dense = self._sparse_forwards(forwards, recorder)
-        predictions, calls, dense_calls, layout = self._measure(forwards, why_dense)
+        changed, layers = self._sparse_forwards(forwards, recorder)
+        predictions, calls, dense_calls, layout = self._measure(forwards, layers)
         errors = [_relative(ours, prediction) for ours, prediction in zip(changed, predictions, strict=True)]
         near = self._config.base.keep_ratio or fmean(share for call in calls for share in call.figures.density)
         dense_forward, times = self._times(forwards[0], near)
@@ -155,18 +154,18 @@ class Audit:
             harms = [(error * move) ** 2 for error, move in zip(errors, moved, strict=True)]
             table, with_budget = self._table(forwards, predictions, errors, harms, calls, gains, layout)
 
-        def sparse_run(name: str, config: SparsityConfig) -> tuple[SparseRun, Tensor]:
-            # Warmed up is what is sparse: the first steps may be dense.
-            warm = replace(config, dense_first_steps=0, dense_last_steps=0)
+        def sparse_run(name: str, config: SparsityConfig, warm_up: bool) -> tuple[SparseRun, Tensor]:
             clip, latents, taken, report = self._generate(
-                name, lambda pipe: sparsify(pipe, config=config), warm=lambda pipe: sparsify(pipe, config=warm)
+                name, lambda pipe: sparsify(pipe, config=config), warm_up=warm_up
             )
             error, quality = _relative(latents, dense_latents), compare_clips(clip, dense_clip)
             asked, kept = report.requested_density, report.delivered_density
             return SparseRun(report.executed_density, taken, quality, error, asked, kept), clip
 
-        sparse, sparse_clip = sparse_run("sparse attention", self._config)
-        budgeted = sparse_run("with the table", replace(self._config, layers=table.layers))[0] if table else None
+        sparse, sparse_clip = sparse_run("sparse attention", self._config, warm_up=False)
+        budgeted = None
+        if table:
+            budgeted = sparse_run("with the table", replace(self._config, layers=table.layers), warm_up=True)[0]
         return Measured(
             layout,
             self._branch,
@@ -196,20 +195,36 @@ class Audit:
     def _observe(self, pipe: Any) -> SparseHandle:
         return observe(pipe, tile=self._config.tile)
 
+    def _warm_up(self, attach: Callable[[Any], SparseHandle]) -> SparsityReport:
+        """A short untimed generation, because the first use of every kernel and buffer is slower than the rest. It has
+        two steps, as the schedule of Mochi cannot have one."""
+        with attach(self._pipe) as handle:
+            self._make_clip(
+                num_inference_steps=min(2, self._steps), callback_on_step_end=lambda _, __, ___, tensors: tensors
+            )
+            return handle.report()
+
+    def _warm_up_sparse(self) -> None:
+        """Comes before all other work, so that settings that cannot run are refused at once."""
+        # What is sparse, at the density of most steps: the first ones may be dense.
+        config = replace(self._config, steps={}, dense_first_steps=0, dense_last_steps=0)
+        done = self._on_progress("warm-up", 1)
+        layers = self._warm_up(lambda pipe: sparsify(pipe, config=config)).layers
+        done()
+        # Whether a step with a density of its own is sparse, only a forward in it can tell.
+        if layers and not self._config.steps and not any(layer.sparse_calls for layer in layers):
+            raise _nothing_sparse(layers[0].name, layers[0].why_dense)
+
     def _generate(
         self,
         name: str,
         attach: Callable[[Any], SparseHandle],
         forwards: list[_Forward] | None = None,
         moves: dict[int, float] | None = None,
-        warm: Callable[[Any], SparseHandle] | None = None,
+        warm_up: bool = True,
     ) -> tuple[Tensor, Tensor, PassTime, SparsityReport]:
         """A clip, its final latents, its time and what attention did; keeps the audited forwards if asked to, and how
-        far the latents move in each step but the first, before which they are not told.
-
-        A short untimed generation first, because the first use of every kernel and buffer is slower than the rest. It
-        has two steps, as the schedule of Mochi cannot have one.
-        """
+        far the latents move in each step but the first, before which they are not told."""
         done = self._on_progress(name, self._steps)
         last: dict[str, Any] = {"step": 0, "latents": None}
 
@@ -221,10 +236,8 @@ class Audit:
             done()
             return tensors
 
-        with (warm or attach)(self._pipe):
-            self._make_clip(
-                num_inference_steps=min(2, self._steps), callback_on_step_end=lambda _, __, ___, tensors: tensors
-            )
+        if warm_up:
+            self._warm_up(attach)
         with attach(self._pipe) as handle, self._keep(forwards, last):
             begin = time.perf_counter()
             clip = self._make_clip(num_inference_steps=self._steps, callback_on_step_end=on_step_end)
@@ -264,32 +277,32 @@ class Audit:
 
     def _sparse_forwards(
         self, forwards: Sequence[_Forward], recorder: AttentionRecorder
-    ) -> tuple[list[Tensor], list[dict[int, str]]]:
-        """The sparse prediction of every forward, and in it layer -> why it stays dense, of those that do."""
+    ) -> tuple[list[Tensor], list[tuple[LayerReport, ...]]]:
+        """The sparse prediction of every forward, and what its layers did."""
         predictions: list[Tensor] = []
-        why_dense: list[dict[int, str]] = []
+        layers: list[tuple[LayerReport, ...]] = []
         done = self._on_progress("sparse forwards", len(forwards))
         for forward in forwards:
             with sparsify(self._pipe, config=at_step(self._config, forward.step)) as handle:
                 # A forward that is run alone takes its step for the first one.
                 handle.on_attention(lambda event, step=forward.step: recorder(replace(event, step=step)))
                 predictions.append(forward())
-                layers = handle.report().layers
-            why_dense.append({layer.layer: layer.why_dense for layer in layers if not layer.sparse_calls})
+                layers.append(handle.report().layers)
             done()
-        return predictions, why_dense
+        return predictions, layers
 
     def _measure(
-        self, forwards: Sequence[_Forward], why_dense: Sequence[Mapping[int, str]]
+        self, forwards: Sequence[_Forward], layers: Sequence[tuple[LayerReport, ...]]
     ) -> tuple[list[Tensor], list[CallAudit], list[DenseCall], TileLayout]:
         """The dense prediction of every forward, and every layer in it."""
         predictions: list[Tensor] = []
         calls: list[CallAudit] = []
         dense: list[DenseCall] = []
         layouts: set[TileLayout] = set()
-        done = self._on_progress("layers", len(forwards))
-        for forward, why in zip(forwards, why_dense, strict=True):
+        done = self._on_progress("layers", sum(map(len, layers)))
+        for forward, there in zip(forwards, layers, strict=True):
             seen: set[int] = set()
+            why = {layer.layer: layer.why_dense for layer in there if not layer.sparse_calls}
 
             def look(
                 event: AttentionEvent, step: int = forward.step, seen: set[int] = seen, why: Mapping[int, str] = why
@@ -297,6 +310,7 @@ class Audit:
                 if event.layer in seen:  # a further sample, where samples differ in their text
                     return
                 seen.add(event.layer)
+                done()
                 if event.layer in why:
                     # The forward that was run alone took its step for the first one.
                     said = self._config.at(event.name, step, self._steps, event.layout.num_tokens)
@@ -310,12 +324,8 @@ class Audit:
             with self._full(self._pipe) as handle:
                 handle.on_attention(look)
                 predictions.append(forward())
-            done()
         if dense and not calls:
-            raise OpenVSAError(
-                f"every layer stays dense in the steps looked at, such as {dense[0].name} ({dense[0].why}), so that "
-                "there is nothing to audit; change the settings"
-            )
+            raise _nothing_sparse(dense[0].name, dense[0].why)
         if not layouts:
             raise OpenVSAError(f"no self-attention of {type(self._pipe).__name__} could be looked at")
         if len(layouts) != 1:
@@ -487,6 +497,13 @@ def curves_of(
         return Curve((*points, (1.0, 0.0)))
 
     return {name: [curve(losses) for losses in heads] for name, heads in sums.items()}
+
+
+def _nothing_sparse(name: str, why: str) -> OpenVSAError:
+    return OpenVSAError(
+        f"every layer stays dense in the steps looked at, such as {name} ({why}), so that there is nothing to audit; "
+        "change the settings"
+    )
 
 
 def _blocks(share: float, num_tiles: int) -> int:
