@@ -14,10 +14,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 import openvsa
+from openvsa.cli.audit import _summary
 from openvsa.errors import OpenVSAError
 from openvsa.evaluate.audit import CURVE, Audit, Measured, curves_of
 from openvsa.evaluate.audit_attention import CallFigures, CurvePoint
-from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings, CallAudit, TimedDensity
+from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings, CallAudit, SparseRun, TimedDensity
 from openvsa.evaluate.audit_page import heatmaps, write_audit
 from openvsa.integrations.config import SparsityConfig
 from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes
@@ -225,16 +226,52 @@ def test_figures_survive_json(figures: AuditFigures) -> None:
     assert json.loads(figures.to_json())["version"] == 1
 
 
+def test_the_numbers_hold_all_that_the_page_shows(figures: AuditFigures) -> None:
+    found = json.loads(figures.to_json())
+    for call, plain in zip(figures.calls, found["calls"], strict=True):
+        assert plain["relative_error"] == call.error
+        assert plain["oracle_relative_error"] == call.oracle_error
+        assert plain["head_relative_errors"] == list(call.head_errors)
+    derived = found["derived"]
+    assert derived["density"] == figures.density
+    assert [(layer["layer"], layer["name"]) for layer in derived["layers"]] == list(figures.layers.items())
+    assert derived["layers"][1]["oracle_relative_error"] == figures.layer_mean(1, "oracle_error")
+    assert derived["layers"][1]["density"] == figures.layer_mean(1, "density")
+
+
+@pytest.mark.parametrize(
+    ("psnr", "latents_error", "better"), [(31.0, 0.08, True), (31.0, 0.09, False), (29.0, 0.08, False)]
+)
+def test_a_table_that_is_no_better_is_told(
+    figures: AuditFigures, psnr: float, latents_error: float, better: bool, tmp_path: Path
+) -> None:
+    def run(psnr: float, latents_error: float) -> SparseRun:
+        quality = replace(figures.sparse.quality, psnr=(psnr,) * len(figures.sparse.quality.ssim))
+        return replace(figures.sparse, quality=quality, latents_error=latents_error)
+
+    found = replace(figures, sparse=run(30.0, 0.09), budgeted=run(psnr, latents_error))
+    assert found.table_is_better is better
+    assert json.loads(found.to_json())["derived"]["table_is_better"] is better
+    page = write_audit(found, tmp_path)
+    assert ("The table is no better than the uniform budget here" in page.read_text()) is not better
+    assert (
+        "the table is no better than the uniform budget here: PSNR 30.00" in _summary(found, page, None)
+    ) is not better
+    assert replace(found, table=None, budgeted=None).table_is_better is None
+
+
 def test_break_even_and_ceiling_by_hand(figures: AuditFigures) -> None:
-    times = (TimedDensity(0.25, 2.0), TimedDensity(0.5, 3.0), TimedDensity(1.0, 5.0))
+    times = (TimedDensity(0.25, 2.0), TimedDensity(0.5, 3.0), TimedDensity(1.0, 6.0))
     line = replace(figures, times=times, dense_forward=4.0)
-    assert line.overhead == pytest.approx(1.0)
-    assert line.break_even == pytest.approx(0.75)
+    assert line.break_even == pytest.approx(0.5 + 0.5 / 3), "on the line that the page draws"
+    assert replace(line, dense_forward=2.5).break_even == pytest.approx(0.375)
     assert replace(line, dense_forward=9.0).break_even == 1.0
-    assert replace(line, dense_forward=0.5).break_even is None
-    flat = replace(figures, times=(TimedDensity(0.25, 3.0), TimedDensity(1.0, 2.0)))
-    assert replace(flat, dense_forward=2.6).break_even == 1.0, "faster, whatever the density"
-    assert replace(flat, dense_forward=2.4).break_even is None
+    assert replace(line, dense_forward=2.0).break_even is None
+    waves = tuple(TimedDensity(at, seconds) for at, seconds in ((0.25, 1.0), (0.5, 3.0), (0.75, 1.0), (1.0, 3.0)))
+    assert replace(figures, times=waves, dense_forward=2.0).break_even == pytest.approx(0.375), "the first of three"
+    even = replace(figures, times=(TimedDensity(0.25, 2.0), TimedDensity(0.5, 3.0), TimedDensity(1.0, 5.0)))
+    assert even.overhead == pytest.approx(1.0)
+    assert replace(even, times=(TimedDensity(0.5, 1.0), TimedDensity(1.0, 4.0))).overhead == 0.0, "no time is negative"
     dense = replace(figures.dense, total_seconds=10.0, attention_seconds=6.0)
     assert replace(figures, dense=dense).ceiling == pytest.approx(2.5)
 
@@ -261,7 +298,20 @@ def test_the_page_holds_everything_and_needs_no_network(
         assert f'id="{key}"' in text
     data = json.loads(text.split('id="picture-data">')[1].split("</script>")[0])
     assert [step["step"] for step in data["steps"]] == [0, 2], "steps are those of the generation"
+    assert data["firstStep"] == 0, "and are counted as --at and the tables count them"
+    assert text.index('id="budget-head"') < text.index("the more is lost"), "its shades are densities"
     assert AuditFigures.from_json((page.parent / "audit.json").read_text()) == figures
+
+
+def test_plots_say_what_their_marks_are(figures: AuditFigures, tmp_path: Path) -> None:
+    times = (TimedDensity(0.25, 2.0), TimedDensity(0.75, 4.0), TimedDensity(1.0, 6.0))
+    found = replace(figures, times=times, dense_forward=3.0)
+    text = write_audit(found, tmp_path).read_text()
+    assert text.count(">asked for</text>") == 2
+    assert '<circle class="meet" cx="300.0" cy="110.0" r="8"/>' in text, "on the drawn line, at density a half"
+    assert ">break-even 50\N{NO-BREAK SPACE}%</text>" in text
+    assert 'class="meet"' not in write_audit(replace(found, dense_forward=7.0), tmp_path).read_text()
+    assert 'class="meet"' not in write_audit(replace(found, dense_forward=1.0), tmp_path).read_text()
 
 
 def test_a_page_without_picture_and_table(figures: AuditFigures, tmp_path: Path) -> None:

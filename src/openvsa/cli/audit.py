@@ -269,4 +269,10 @@ def _summary(figures: AuditFigures, page: Path, budget: Path | None) -> str:
     if figures.budgeted is not None:
         ours = figures.budgeted
         lines.append(f"table      {ours.quality} at density {ours.density:.1%}, in {budget}")
+        if not figures.table_is_better:
+            lines.append(
+                f"the table is no better than the uniform budget here: PSNR {sparse.quality.mean_psnr:.2f} -> "
+                f"{ours.quality.mean_psnr:.2f} dB, change of the latents {sparse.latents_error:.2%} -> "
+                f"{ours.latents_error:.2%}"
+            )
     return "\n".join([*lines, f"open {page}"])

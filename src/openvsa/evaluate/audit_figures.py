@@ -18,6 +18,12 @@ __all__ = ["AuditFigures", "AuditSettings", "CallAudit", "DenseCall", "ForwardAu
 
 _VERSION = 1
 
+_OF_LAYERS = {
+    "density": "density", "recall": "recall", "oracle_recall": "oracle_recall", "relative_error": "error",
+    "oracle_relative_error": "oracle_error",
+}  # fmt: skip
+"""Key under `derived.layers` -> what of `AuditFigures.layer_mean`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSettings:
@@ -184,20 +190,37 @@ class AuditFigures:
 
     @property
     def break_even(self) -> float | None:
-        """The density at which sparse attention takes as long as dense: where the straight line through `times`
-        (least squares) reaches `dense_forward`. At most 1; None where sparse attention is slower at any density. Times
-        that do not grow with density are one time, their mean, at all of them."""
-        slope, overhead = self._line()
-        if slope <= 0:
-            return 1.0 if _mean([at.seconds for at in self.times]) < self.dense_forward else None
-        if overhead >= self.dense_forward:
-            return None
-        return min(1.0, (self.dense_forward - overhead) / slope)
+        """The density below which sparse attention is faster than dense: on the straight line between the two of
+        `times` that `dense_forward` lies between, the lower ones if that is so twice. 1 where sparse attention was
+        faster at all of them; None where it was not even at the lowest."""
+        before = None
+        for at in self.times:
+            if at.seconds >= self.dense_forward:
+                if before is None:
+                    return None
+                share = (self.dense_forward - before.seconds) / (at.seconds - before.seconds)
+                return before.density + share * (at.density - before.density)
+            before = at
+        return 1.0
 
     @property
     def overhead(self) -> float:
-        """Seconds of a forward's sparse attention that no density saves: the line through `times` at density 0."""
-        return self._line()[1]
+        """Seconds of a forward's sparse attention that no density saves: the line through `times` (least squares) at
+        density 0, and not less than 0."""
+        x, y = [at.density for at in self.times], [at.seconds for at in self.times]
+        mean_x, mean_y = _mean(x), _mean(y)
+        spread = sum((a - mean_x) ** 2 for a in x)
+        slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
+        return max(0.0, mean_y - slope * mean_x)
+
+    @property
+    def table_is_better(self) -> bool | None:
+        """Whether the clip with the table is nearer to the dense one than the uniform one is, in PSNR and in the final
+        latents; None without a table."""
+        if self.budgeted is None:
+            return None
+        ours, uniform = self.budgeted, self.sparse
+        return ours.quality.mean_psnr > uniform.quality.mean_psnr and ours.latents_error < uniform.latents_error
 
     def layer_mean(self, layer: int, what: str) -> float:
         """Mean over the audited steps of a layer's `error` or `oracle_error`, or of its heads' `density`, `recall` or
@@ -218,19 +241,18 @@ class AuditFigures:
             points.append((density, math.sqrt(_mean([sum(p.error) / max(sum(o), 1e-30) for p, o in of_calls]))))
         return points
 
-    def _line(self) -> tuple[float, float]:
-        x, y = [at.density for at in self.times], [at.seconds for at in self.times]
-        mean_x, mean_y = _mean(x), _mean(y)
-        spread = sum((a - mean_x) ** 2 for a in x)
-        slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread if spread else 0.0
-        return slope, mean_y - slope * mean_x
-
     def to_json(self) -> str:
         """Strict JSON, an infinite PSNR as null; what follows from the numbers is included for readers."""
         content = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("table", "settings")}
         settings = asdict(replace(self.settings, config=None))
         settings["config"] = self.settings.config.to_dict() if self.settings.config else None
         content = {"version": _VERSION, "settings": settings} | _plain(content)
+        for call, plain in zip(self.calls, content["calls"], strict=True):
+            plain |= {
+                "relative_error": call.error,
+                "oracle_relative_error": call.oracle_error,
+                "head_relative_errors": list(call.head_errors),
+            }
         content["table"] = json.loads(self.table.to_json()) if self.table else None
         for run in ("sparse", "budgeted"):
             if content[run]:
@@ -238,12 +260,19 @@ class AuditFigures:
         content["derived"] = {
             "recall": self.recall,
             "oracle_recall": self.oracle_recall,
+            "density": self.density,
+            "layers": [
+                {"layer": layer, "name": name} | {key: self.layer_mean(layer, what) for key, what in _OF_LAYERS.items()}
+                for layer, name in self.layers.items()
+                if layer not in self.dense_layers
+            ],
             "amdahl_ceiling": self.ceiling,
             "break_even_density": self.break_even,
             "overhead_seconds": self.overhead,
             "error_by_density": self.curve(),
             "speedup": self.dense.total_seconds / self.sparse.time.total_seconds,
             "attention_speedup": self.dense.attention_seconds / self.sparse.time.attention_seconds,
+            "table_is_better": self.table_is_better,
         }
         for name, run in (("sparse", self.sparse), ("budgeted", self.budgeted)):
             if run:
@@ -272,11 +301,15 @@ class AuditFigures:
             curve = (CurvePoint(p["asked"], tuple(p["density"]), tuple(p["error"])) for p in found["curve"])
             return CallFigures(**{k: tuple(v) for k, v in found.items() if k != "curve"}, curve=tuple(curve))
 
+        def call(found: dict[str, Any]) -> CallAudit:
+            place = found["step"], found["timestep"], found["layer"], found["name"]
+            return CallAudit(*place, figures(found["figures"]))
+
         sparse = run(content["sparse"])
         assert sparse is not None
         return cls(
             AuditSettings(**settings),
-            tuple(CallAudit(**(call | {"figures": figures(call["figures"])})) for call in content["calls"]),
+            tuple(map(call, content["calls"])),
             tuple(
                 ForwardAudit(**(forward | {"gains": {name: tuple(of) for name, of in forward["gains"].items()}}))
                 for forward in content["forwards"]
@@ -288,7 +321,7 @@ class AuditFigures:
             BudgetTable.from_json(json.dumps(content["table"])) if content["table"] else None,
             run(content["budgeted"]),
             {int(step): why for step, why in content.get("dense_steps", {}).items()},
-            tuple(DenseCall(**call) for call in content.get("dense_calls", ())),
+            tuple(DenseCall(**found) for found in content.get("dense_calls", ())),
         )
 
 

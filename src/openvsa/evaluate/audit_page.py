@@ -23,7 +23,7 @@ __all__ = ["Heatmap", "heatmaps", "page_of", "render_audit", "write_audit"]
 @dataclass(frozen=True)
 class Heatmap:
     """A table of shaded cells, None where a layer has no such head or step; shades are in [0, 1], where 1 is the worst
-    of the table."""
+    of the table; in a table of densities, the highest."""
 
     key: str
     title: str
@@ -73,7 +73,10 @@ def render_audit(figures: AuditFigures, clip: Tensor | None, attention: Attentio
     def part(name: str) -> str:
         return (templates / name).read_text(encoding="utf-8")
 
-    picture = picture_data(attention, clip) if attention is not None and clip is not None else None
+    picture = None
+    if attention is not None and clip is not None:
+        # Everything else of an audit, and its option --at, counts steps from 0.
+        picture = picture_data(attention, clip) | {"firstStep": 0}
     return environment.from_string(part("audit.html")).render(
         figures=figures,
         settings=figures.settings,
@@ -149,7 +152,8 @@ def heatmaps(figures: AuditFigures) -> list[Heatmap]:
             _heatmap(
                 "budget-head",
                 "The budget table, layer by head",
-                "The density of each head. The mean of all of them is the density asked for, in whole tiles.",
+                "The density of each head: the stronger the colour, the more it reads. The mean of all of them is the "
+                "density asked for, in whole tiles.",
                 figures,
                 of_heads,
                 padded,
@@ -192,17 +196,22 @@ def _curve(figures: AuditFigures) -> dict[str, Any]:
     """The line of error against density, in the coordinates of an SVG of _WIDTH by _HEIGHT."""
     points = figures.curve()
     top = max((error for _, error in points), default=1.0) or 1.0
-    return _drawn([(density, error / top) for density, error in points], figures.settings.density, _percent(top), None)
+    return _drawn([(density, error / top) for density, error in points], figures.settings.density, _percent(top))
 
 
 def _time_curve(figures: AuditFigures) -> dict[str, Any]:
-    """The line of attention seconds against density, with the seconds of dense attention."""
+    """The line of attention seconds against density, with the seconds of dense attention and where the two meet."""
     top = max(figures.dense_forward, *(at.seconds for at in figures.times)) or 1.0
     points = [(at.density, at.seconds / top) for at in figures.times]
-    return _drawn(points, figures.settings.density, f"{_figure(top)} s", figures.dense_forward / top)
+    drawn = _drawn(points, figures.settings.density, f"{_figure(top)} s", figures.dense_forward / top)
+    if figures.break_even is not None and max(at.seconds for at in figures.times) >= figures.dense_forward:
+        drawn["meet"] = round(_WIDTH * figures.break_even, 1)
+    return drawn
 
 
-def _drawn(points: list[tuple[float, float]], density: float | None, top: str, level: float | None) -> dict[str, Any]:
+def _drawn(
+    points: list[tuple[float, float]], density: float | None, top: str, level: float | None = None
+) -> dict[str, Any]:
     place = [(round(_WIDTH * x, 1), round(_HEIGHT * (1 - y), 1)) for x, y in points]
     return {
         "points": place,
@@ -210,6 +219,7 @@ def _drawn(points: list[tuple[float, float]], density: float | None, top: str, l
         "density": None if density is None else round(_WIDTH * density, 1),
         "top": top,
         "level": None if level is None else round(_HEIGHT * (1 - level), 1),
+        "meet": None,
     }
 
 

@@ -205,8 +205,9 @@
     tiles[state.tile].focus();
   });
 
+  // The page of generate counts steps from 1, that of an audit from 0.
   chips("steps", "step", data.steps.map(({ step, timestep }) =>
-    ({ value: step, label: String(step + 1), hint: `timestep ${Math.round(timestep)}` })));
+    ({ value: step, label: String(step + (data.firstStep ?? 1)), hint: `timestep ${Math.round(timestep)}` })));
   chips("layers", "layer", data.layers.map(({ layer, name }) => ({ value: layer, label: String(layer), hint: name })));
   chips("heads", "head", [
     ...data.heads.map((name, head) => ({ value: head, label: String(name), hint: `head ${name}` })),
