@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from PIL import Image
 
 from openvsa import models
+from openvsa.cli import generate_pair
 from openvsa.evaluate.audit_figures import AuditFigures
 from openvsa.integrations.config import SparsityConfig
 from openvsa.models import ClipPipeline, FilmShots, PatchTokenizer, bundled_scenes, save_pipeline
@@ -82,6 +83,9 @@ def test_an_audit_is_a_page_its_numbers_and_a_table(openvsa_command: Callable, m
     outcome = openvsa_command("audit", *options)
     assert outcome.status == 0, outcome.err
     assert f"open {out}/audit.html" in outcome.out
+    parts = ["warm-up (1)", "full attention (3)", "sparse forwards (2)", "layers (4)", "times (12)", "heads (8)"]
+    parts += ["the table (3)", "sparse attention (3)", "with the table (3)"]
+    assert outcome.out.splitlines()[: len(parts)] == [f"{part} ..." for part in parts], "no terminal: lines, no bars"
     assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json"]
     assert made == [2, 2, 3, 3, 2, 3], "untimed sparse; dense, sparse, with the table"
     figures = AuditFigures.from_json((out / "audit.json").read_text())
@@ -99,6 +103,7 @@ def test_without_a_table_and_without_options(
     openvsa_command: Callable, made: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate_pair, "_busy", lambda: "Other programs kept the processor busy.")
     outcome = openvsa_command("audit")
     assert outcome.status == 0, outcome.err
     assert made == [2, 2, 8, 8]
@@ -106,6 +111,7 @@ def test_without_a_table_and_without_options(
     assert list(figures.steps) == [1, 4, 6]
     assert figures.table is None
     assert "table" not in outcome.out
+    assert outcome.out.endswith("Other programs kept the processor busy.\n"), "times on a CPU suffer from that"
 
 
 def test_an_audit_of_a_preset(openvsa_command: Callable, made: list[int], tmp_path: Path) -> None:

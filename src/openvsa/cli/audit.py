@@ -63,7 +63,7 @@ def run_audit(
     for package in _PACKAGES:
         require(package, extra="demo")
     from openvsa.cli.generate import is_clip_model
-    from openvsa.cli.generate_pair import available, check_numbers, describe, sparsity, versions
+    from openvsa.cli.generate_pair import _busy, available, check_numbers, describe, sparsity, versions
     from openvsa.evaluate.audit import Audit
     from openvsa.evaluate.audit_config import check_table
     from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings
@@ -96,9 +96,11 @@ def run_audit(
     console = console or Console()
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn once a part: a drawing thread would take its share of the processor from what is being timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
+    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
 
         def bar(description: str, total: int) -> Callable[[], None]:
+            if not console.is_terminal:  # all bars would come at the end
+                console.print(f"{description} ({total}) ...", highlight=False)
             task = progress.add_task(description, total=total)
             progress.refresh()
             return lambda: progress.update(task, advance=1, refresh=True)
@@ -135,6 +137,8 @@ def run_audit(
         with atomic_path(budget) as temporary:
             found.table.save(temporary)
     console.print(_summary(figures, page, budget), markup=False, highlight=False, soft_wrap=True)
+    if where.type == "cpu" and (note := _busy()):
+        console.print(note, highlight=False, soft_wrap=True)
     return page
 
 
