@@ -103,7 +103,7 @@ def test_without_a_table_and_without_options(
     openvsa_command: Callable, made: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate_pair, "_busy", lambda: "Other programs kept the processor busy.")
+    monkeypatch.setattr(generate_pair, "busy", lambda: "Other programs kept the processor busy.")
     outcome = openvsa_command("audit")
     assert outcome.status == 0, outcome.err
     assert made == [2, 2, 8, 8]

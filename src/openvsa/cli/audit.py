@@ -63,7 +63,7 @@ def run_audit(
     for package in _PACKAGES:
         require(package, extra="demo")
     from openvsa.cli.generate import is_clip_model
-    from openvsa.cli.generate_pair import _busy, available, check_numbers, describe, sparsity, versions
+    from openvsa.cli.generate_pair import available, busy, check_numbers, describe, sparsity, versions
     from openvsa.evaluate.audit import Audit
     from openvsa.evaluate.audit_config import check_table
     from openvsa.evaluate.audit_figures import AuditFigures, AuditSettings
@@ -137,7 +137,7 @@ def run_audit(
         with atomic_path(budget) as temporary:
             found.table.save(temporary)
     console.print(_summary(figures, page, budget), markup=False, highlight=False, soft_wrap=True)
-    if where.type == "cpu" and (note := _busy()):
+    if where.type == "cpu" and (note := busy()):
         console.print(note, highlight=False, soft_wrap=True)
     return page
 
