@@ -27,9 +27,10 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_diffusers_pipeline(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     options = [*SMALL, "--density", 0.5, "--by", "layer", "--budget", table, "--out", tmp_path / "out"]
-    outcome = openvsa_command("audit", wan, *options)
+    outcome = openvsa_command("audit", wan, "--guidance-scale", 1, *options)
     assert outcome.status == 0, outcome.err
     figures = AuditFigures.from_json((tmp_path / "out" / "audit.json").read_text())
+    assert "--guidance-scale 1.0" in figures.settings.command
     assert (figures.settings.model, figures.settings.subject) == (wan.name, "a cat plays the piano")
     assert list(figures.layers.values()) == ["blocks.0.attn1", "blocks.1.attn1"]
     assert list(figures.steps) == [1]

@@ -120,6 +120,7 @@ def audit(
     height: Annotated[int | None, whole("Pixels, for a Diffusers pipeline.")] = None,
     width: Annotated[int | None, whole("The same.")] = None,
     frames: Annotated[int | None, whole("Frames, for a Diffusers pipeline.")] = None,
+    guidance_scale: Annotated[float | None, real("Strength of guidance, for a Diffusers pipeline; 1 is none.")] = None,
     density: Annotated[
         float | None, real("Share of the tiles that sparse attention keeps, in (0, 1]; by default 0.125.")
     ] = None,
@@ -151,7 +152,7 @@ def audit(
         prompt=prompt,
         scene=scene,
         image=image,
-        sizes={"height": height, "width": width, "num_frames": frames},
+        numbers={"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance_scale},
         density=density,
         config=config,
         seed=seed,

@@ -33,7 +33,7 @@ def run_audit(
     prompt: str | None,
     scene: str | None,
     image: Path | None,
-    sizes: Mapping[str, int | None],
+    numbers: Mapping[str, Any],
     density: float | None,
     config: str | None,
     seed: int,
@@ -50,7 +50,7 @@ def run_audit(
 
     Args:
         model: a folder that `openvsa train` made, or a Diffusers pipeline; None is the bundled model.
-        prompt, sizes: for a Diffusers pipeline: the text, and `height`, `width` and `num_frames`.
+        prompt, numbers: for a Diffusers pipeline: the text, and `height`, `width`, `num_frames` and `guidance_scale`.
         scene: for the other two: the scene to continue.
         image: for all: a picture to continue. Not every pipeline takes one.
         density: the share of the tiles to keep, 1/8 by default.
@@ -81,9 +81,9 @@ def run_audit(
         check_table(settled)
     where = available(device)
     if model is None or is_clip_model(model):
-        load_subject = _own(model, scene, prompt, image, sizes, seed, where)
+        load_subject = _own(model, scene, prompt, image, numbers, seed, where)
     else:
-        load_subject = _diffusers(model, scene, prompt, image, sizes, seed, where)
+        load_subject = _diffusers(model, scene, prompt, image, numbers, seed, where)
     _check_files(page_of(out), budget, {"--config": config, "--image": image})
     subject = load_subject()
 
@@ -182,14 +182,14 @@ def _own(
     scene: str | None,
     prompt: str | None,
     image: Path | None,
-    sizes: Mapping[str, int | None],
+    numbers: Mapping[str, Any],
     seed: int,
     device: torch.device,
 ) -> Callable[[], _Subject]:
     """What loads the bundled model, or one that `openvsa train` made."""
     from openvsa.cli.generate import load_clip_model, start
 
-    given = ["prompt"] if prompt is not None else [name for name, size in sizes.items() if size is not None]
+    given = ["prompt"] if prompt is not None else [name for name, number in numbers.items() if number is not None]
     if given:
         raise OpenVSAError(
             f"{given[0]} is for Diffusers pipelines; this model continues a scene: give --scene or --image"
@@ -208,7 +208,7 @@ def _diffusers(
     scene: str | None,
     prompt: str | None,
     image: Path | None,
-    sizes: Mapping[str, int | None],
+    numbers: Mapping[str, Any],
     seed: int,
     device: torch.device,
 ) -> Callable[[], _Subject]:
@@ -223,9 +223,9 @@ def _diffusers(
     asks = inspect.signature(kind.__call__).parameters
     if "callback_on_step_end" not in asks:
         raise OpenVSAError(f"{kind.__name__} takes no callback_on_step_end, from which an audit learns the steps")
-    given = arguments(kind, asks, prompt, image, sizes)
-    options = {"--prompt": prompt, "--image": image, "--height": sizes["height"], "--width": sizes["width"]}
-    options["--frames"] = sizes["num_frames"]
+    given = arguments(kind, asks, prompt, image, numbers)
+    options = {"--prompt": prompt, "--image": image, "--height": numbers["height"], "--width": numbers["width"]}
+    options |= {"--frames": numbers["num_frames"], "--guidance-scale": numbers["guidance_scale"]}
 
     def loaded() -> _Subject:
         pipe = load(kind, model, device)

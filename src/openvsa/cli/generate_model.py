@@ -80,8 +80,8 @@ def run_generate_model(
         raise OpenVSAError(f"{kind.__name__} has no number of steps of its own; give --steps")
     check_numbers(seed, steps)
     sparse_as = sparsity(density, config, steps)
-    sizes = {"height": height, "width": width, "num_frames": frames}
-    given = arguments(kind, asks, prompt, image, sizes, guidance_scale)
+    numbers = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance_scale}
+    given = arguments(kind, asks, prompt, image, numbers)
     rates = (fps, _default(asks, "frame_rate"), _default(asks, "fps"), _FPS)
     rate = next(float(value) for value in rates if value is not None)
     given |= {name: rate for name in ("frame_rate", "fps") if name in asks}

@@ -61,26 +61,24 @@ def arguments(
     asks: Mapping[str, Any],
     prompt: str | None,
     image: Path | None,
-    sizes: Mapping[str, int | None],
-    guidance_scale: float | None = None,
+    numbers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What the pipeline is called with.
+    """What the pipeline is called with. Numbers are `height`, `width`, `num_frames` and `guidance_scale`, or None.
 
     Raises:
         OpenVSAError: it does not take an option that was given, or needs what `generate` cannot give.
     """
     if prompt is None:
         raise OpenVSAError(f"{kind.__name__} needs --prompt, the text to make a video of")
-    given: dict[str, Any] = {"prompt": prompt} | {name: size for name, size in sizes.items() if size is not None}
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise OpenVSAError(f"{_option(name)} must be at least 1, got {size}")
+    given: dict[str, Any] = {"prompt": prompt} | {
+        name: number for name, number in numbers.items() if number is not None
+    }
+    for name, number in numbers.items():
+        least, bound = (0, "0 and finite") if name == "guidance_scale" else (1, "1")
+        if number is not None and not least <= number < math.inf:
+            raise OpenVSAError(f"{_option(name)} must be at least {bound}, got {number}")
     if image is not None:
-        given["image"] = _read(image, sizes)
-    if guidance_scale is not None:
-        if not 0 <= guidance_scale < math.inf:
-            raise OpenVSAError(f"--guidance-scale must be at least 0 and finite, got {guidance_scale}")
-        given["guidance_scale"] = guidance_scale
+        given["image"] = _read(image, numbers)
     for name in given:
         if name not in asks:
             raise OpenVSAError(f"{kind.__name__} takes no {name}: leave {_option(name)} out")
