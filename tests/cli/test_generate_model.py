@@ -183,12 +183,13 @@ def test_what_the_authors_call_their_pipeline_is_known(openvsa_command: Callable
 
 def test_what_stays_dense_is_on_the_page(openvsa_command: Callable, wan: Path, tmp_path: Path) -> None:
     settings = tmp_path / "settings.json"
-    settings.write_text('{"density": 0.5, "dense_layers": [0], "dense_first_steps": 1}')
-    outcome = openvsa_command("generate", "--model", wan, *SMALL, "--config", settings, "--out", tmp_path / "out")
+    settings.write_text('{"density": 0.5, "dense_layers": [0], "dense_first_steps": 1, "steps": {"1": 1.0}}')
+    options = [*SMALL, "--steps", 3, "--config", settings, "--out", tmp_path / "out"]
+    outcome = openvsa_command("generate", "--model", wan, *options)
     assert outcome.status == 0, outcome.err
     figures = Figures.from_json((tmp_path / "out" / "report.json").read_text())
     assert figures.why_dense == {
-        "it is one of dense_layers": ["blocks.0.attn1"], "dense_first_steps is 1": ["blocks.1.attn1"],
+        "it is one of dense_layers": ["blocks.0.attn1"], "the density of step 1 is 1": ["blocks.1.attn1"],
     }  # fmt: skip
     assert openvsa.SparsityConfig.from_dict(figures.settings.sparsity).dense_first_steps == 1
     assert figures.kept_density == pytest.approx(0.5, abs=0.1)
@@ -205,6 +206,10 @@ def test_what_stays_dense_is_on_the_page(openvsa_command: Callable, wan: Path, t
             r"every layer stays dense \(min_tokens is 100000\), so that there is nothing to compare",
         ),
         ({"dense_first_steps": 1, "dense_last_steps": 1}, "all 2 steps stay dense .* give more --steps"),
+        (
+            {"steps": {"0": 1.0, "1": 1.0}},
+            "all 2 steps stay dense .the density of step 0 is 1; the density of step 1 is 1.",
+        ),
         ({"tile": [4, 4]}, "tile"),
         ({"backend": "hopper"}, "hopper"),
     ],

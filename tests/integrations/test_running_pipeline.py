@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import nn
+from torch._dynamo.utils import counters
 
 import openvsa
 from openvsa import SparsityConfig
@@ -36,6 +37,12 @@ class TwoExperts(DiffusionPipeline):
             after(index)
 
     prompt = text()
+
+    @property
+    def num_timesteps(self) -> int | None:
+        return self._num_timesteps
+
+    _num_timesteps: int | None = None
 
 
 SETTINGS = SparsityConfig(density=0.2, tile=(1, 2, 2), min_tokens=0, dense_first_steps=2, steps={4: 0.7})
@@ -106,6 +113,53 @@ def test_steps_with_densities_of_their_own_choose_anew() -> None:
     assert [share for _, share in shares(events)] == [0.2, 0.2, 0.6, 1.0, 0.2, 0.2]
     plans = [event.plan for event in events]
     assert plans[0] is plans[1] is not plans[4] is plans[5]
+
+
+def test_compiled_blocks_with_kept_plans_have_no_graph_for_each_batch() -> None:
+    model = tiny_wan()
+    openvsa.sparsify(model, config=SparsityConfig(density=0.2, min_tokens=0, reuse_steps=2))
+    prompts = [text(batch) for batch in range(1, 6)]
+    eager = [run(model, level, prompt) for prompt in prompts for level in (900.0, 700.0)]
+    torch.compiler.reset()
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    compiled = [run(model, level, prompt) for prompt in prompts for level in (900.0, 700.0)]
+    torch.testing.assert_close(compiled, eager)
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+def test_a_loop_that_is_shorter_than_the_generation_before() -> None:
+    """Then the pipeline's number of timesteps is that of the longer one."""
+    pipe, events = TwoExperts(tiny_wan(), tiny_wan()), []
+    pipe._num_timesteps = 12
+    pipe.scheduler.set_timesteps(8)
+    config = SparsityConfig(density=0.2, tile=(1, 2, 2), min_tokens=0, dense_last_steps=2)
+    with watch(openvsa.sparsify(pipe, config=config), events):
+        for timestep in pipe.scheduler.timesteps:
+            run(pipe.transformer, float(timestep))
+    assert [step for step, share in shares(events) if share == 1] == [6, 7]
+
+
+def test_a_loss_on_a_hidden_state_with_checkpointing() -> None:
+    """Its backward pass computes layers again, and never passes the output."""
+    model = tiny_wan().train()
+    model.enable_gradient_checkpointing()
+    states: list[torch.Tensor] = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: states.append(output))
+    with openvsa.sparsify(model, density=0.3, min_tokens=0):
+        model(torch.randn(1, 4, 3, 10, 14), torch.tensor([5.0]), text())
+        states[0].square().mean().backward()
+    assert model.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
+
+
+def test_a_prompt_that_follows_another_is_no_fault() -> None:
+    model = tiny_wan()
+    with openvsa.sparsify(model, config=SparsityConfig(density=0.2, min_tokens=0, reuse_steps=3)):
+        for levels in ((900.0, 800.0), (700.0, 600.0)):
+            prompt = text()
+            for level in levels:
+                run(model, level, prompt)
+            del prompt
 
 
 def test_prompts_that_are_made_anew_in_every_step_are_told() -> None:

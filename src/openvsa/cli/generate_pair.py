@@ -81,15 +81,16 @@ def make_pair(
         OpenVSAError: the settings do not suit the model, or leave nothing sparse; found by a short generation.
     """
     from openvsa.evaluate import write_report
-    from openvsa.evaluate.audit_config import uniform
+    from openvsa.evaluate.audit_config import dense_steps, uniform
     from openvsa.integrations.checkpoint import BRANCH
     from openvsa.integrations.diffusers import observe, sparsify
 
     steps = settings.steps
-    if sparse_as.dense_first_steps + sparse_as.dense_last_steps >= steps:
+    dense_in = dense_steps(sparse_as, steps)
+    if len(dense_in) == steps:
         raise OpenVSAError(
-            f"all {steps} steps stay dense (dense_first_steps is {sparse_as.dense_first_steps}, dense_last_steps "
-            f"{sparse_as.dense_last_steps}), so that there is nothing to compare; give more --steps, or other settings"
+            f"all {steps} steps stay dense ({'; '.join(sorted(set(dense_in.values())))}), so that there is nothing to "
+            "compare; give more --steps, or other settings"
         )
     branch = any(hasattr(module, BRANCH) for one in _transformers(pipe) for module in one.modules())
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -106,7 +107,8 @@ def make_pair(
         done = bar("warming up", 2)
         # Sparse first, so that settings that do not suit the model are refused before it works. Warmed up is what is
         # sparse: the first steps may be dense.
-        with sparsify(pipe, config=replace(sparse_as, dense_first_steps=0, dense_last_steps=0)) as handle:
+        warm = replace(sparse_as, steps={}, dense_first_steps=0, dense_last_steps=0)
+        with sparsify(pipe, config=warm) as handle:
             _warm_up(make_clip, steps)
             _check_sparse(handle.report())
         done()

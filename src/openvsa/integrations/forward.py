@@ -42,7 +42,7 @@ class Forward:
     config: SparsityConfig | None  # the settings it began with, which its backward pass may need after others were set
     thread: int = 0  # the one that it runs in; 0 for any
     step: int = 0  # the denoising step, where something asks
-    over: bool = False  # its layers are not to run but in its backward pass
+    over: bool = False  # its layers are not to run any more; of one with a backward pass nobody knows
     entered: TileLayout | None = None  # of what the entries put in block order; None where the order stays
     left: TileLayout | None = None  # of what the exit puts back
     valid: Tensor | None = field(init=False, default=None)  # [B, S], False for padded text; None without any to mask

@@ -90,6 +90,7 @@ class KeptPlans:
             and 0 < step - found.step < serves
             and any(kept.plans for kept in found.layers.values())
         ):
+            self._told = True  # some prompts last
             return found.layers
         if not (self._made or self._told) and self._gone_since is not None and step > self._gone_since:
             self._told = True

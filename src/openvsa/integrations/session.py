@@ -163,8 +163,9 @@ class Session:
         outs: list[Tensor] = []
         plans: list[tuple[float, BlockPlan]] = []
         for number, one in enumerate(parts):
-            # With the batch: FasterCache runs a part of it in some steps, inside of the model's own forward.
-            batch = 0 if hidden_states is None else len(hidden_states)
+            # With the batch: FasterCache runs a part of it in some steps, inside of the model's own forward. Compiled
+            # blocks would have graphs of their own for every batch.
+            batch = 0 if hidden_states is None or torch.compiler.is_compiling() else len(hidden_states)
             place = (index if forward.sequence.per_sample else number, batch)
             mine_q, mine_k, mine_v = (one.samples(x) for x in (q, k, v))
             mine_weight = None if weight is None else one.samples(weight)

@@ -73,7 +73,7 @@ class Site:
     told: bool = False
     processors: list[SparseProcessor] = field(init=False)
     names: tuple[str, ...] = field(init=False)  # of the arguments of the transformer's forward
-    required: frozenset[str] = field(init=False)  # those of them that have no default
+    required: tuple[str, ...] = field(init=False)  # those of them that have no default
     places: tuple[tuple[str, nn.Module], ...] = field(init=False)  # names in the transformer, and what has the hooks
     modules: tuple[nn.Module, ...] = field(init=False)  # all of the transformer
 
@@ -82,7 +82,7 @@ class Site:
         # The class's own forward: offloading hooks put another on the instance.
         parameters = list(inspect.signature(type(self.transformer).forward).parameters.values())[1:]
         self.names = tuple(one.name for one in parameters)
-        self.required = frozenset(
+        self.required = tuple(
             one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
         )
         hooked = () if self.hoist is None else (self.hoist.exit[0], *(module for module, _, _ in self.hoist.entries))
@@ -100,7 +100,7 @@ class Site:
         if session.config is not None:
             check_visible("sparse attention")
         arguments = {**dict(zip(self.names[: len(args)], args[: len(self.names)], strict=True)), **kwargs}
-        if len(args) > len(self.names) or not self.required <= arguments.keys():
+        if len(args) > len(self.names) or not all(name in arguments for name in self.required):
             return None  # the transformer says itself what is wrong with such a call
         sequence = self.family.sequence(module, arguments)
         timestep = self.family.timestep(arguments)
@@ -145,8 +145,6 @@ class Site:
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """The forward hook of the transformer."""
         forward, found = self.session.mine(), []
-        if forward is not None and not torch.compiler.is_compiling():
-            forward.over = True
         if forward is not None and forward.unread:
             _check_masks(forward)
         for processor in self.processors:
@@ -154,7 +152,11 @@ class Site:
                 processor.kept.settle()
             found.append((processor.budget, processor.why_dense, processor.kept))
             processor.kept = None  # the session keeps them, for as long as the prompt lives
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return
+        if not torch.is_grad_enabled():
+            if forward is not None:
+                forward.over = True
             return
 
         again = getattr(self.transformer, "is_gradient_checkpointing", False)
@@ -168,7 +170,7 @@ class Site:
                 )
             self.session.forward = forward
             if forward is not None:
-                forward.over, forward.thread = False, 0  # autograd has threads of its own
+                forward.thread = 0  # autograd has threads of its own
             for processor, (budget, why_dense, kept) in zip(self.processors, found, strict=True):
                 processor.budget, processor.why_dense, processor.kept = budget, why_dense, kept
 

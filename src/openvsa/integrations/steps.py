@@ -88,7 +88,8 @@ def _begin(pipeline: Any) -> int:
     those that are left."""
     timesteps = timesteps_of(pipeline)
     assert timesteps is not None
-    return len(timesteps) - (getattr(pipeline, "num_timesteps", None) or len(timesteps))
+    # It may be that of an earlier generation, in a loop of the user's own.
+    return max(0, len(timesteps) - (getattr(pipeline, "num_timesteps", None) or len(timesteps)))
 
 
 def weakly(model: Any) -> Callable[[], Any]:

@@ -82,7 +82,8 @@ def _empty_scores(q_pooled: Tensor, k_pooled: Tensor, scale: float) -> Tensor:
     """Room for scores, in rows of a multiple of 64 bytes: kernels then read and write several at a time."""
     batch, num_q, heads, _ = q_pooled.shape
     num_kv = k_pooled.shape[1]
-    return q_pooled.new_empty((batch, heads, num_q, -(-num_kv // 16) * 16))[..., :num_kv]
+    row = -(-num_kv // 16) * 16
+    return q_pooled.new_empty_strided((batch, heads, num_q, num_kv), (heads * num_q * row, num_q * row, row, 1))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
