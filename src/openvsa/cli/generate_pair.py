@@ -82,7 +82,7 @@ def make_pair(
     """
     from openvsa.evaluate import write_report
     from openvsa.evaluate.audit_config import dense_steps, uniform
-    from openvsa.integrations.checkpoint import BRANCH
+    from openvsa.integrations.branch import pipeline_has_branch
     from openvsa.integrations.diffusers import observe, sparsify
 
     steps = settings.steps
@@ -92,7 +92,7 @@ def make_pair(
             f"all {steps} steps stay dense ({'; '.join(sorted(set(dense_in.values())))}), so that there is nothing to "
             "compare; give more --steps, or other settings"
         )
-    branch = any(hasattr(module, BRANCH) for one in _transformers(pipe) for module in one.modules())
+    branch = pipeline_has_branch(pipe)
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn once a step: a drawing thread would take its share of the processor from what is being timed.
     with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
@@ -133,11 +133,6 @@ def make_pair(
     if settings.device == describe(torch.device("cpu")) and (note := busy()):
         console.print(note, highlight=False, soft_wrap=True)
     return page
-
-
-def _transformers(pipe: Any) -> list[Any]:
-    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    return [one for one in found if one is not None]
 
 
 def _check_sparse(report: SparsityReport) -> None:

@@ -22,7 +22,7 @@ from openvsa.evaluate.audit_figures import CallAudit, DenseCall, ForwardAudit, S
 from openvsa.evaluate.comparison import PassTime
 from openvsa.evaluate.quality import compare_clips
 from openvsa.evaluate.recorder import AttentionRecord, AttentionRecorder
-from openvsa.integrations.checkpoint import BRANCH
+from openvsa.integrations.branch import pipeline_has_branch
 from openvsa.integrations.config import SparsityConfig
 from openvsa.integrations.diffusers import SparseHandle, observe, sparsify
 from openvsa.integrations.report import AttentionEvent, LayerReport, SparsityReport
@@ -125,9 +125,7 @@ class Audit:
         self._pipe, self._make_clip, self._by = pipe, make_clip, by
         self._config, self._steps, self._audited = config, steps, which_steps(config, steps, audited)
         self._query_blocks, self._on_progress = query_blocks, on_progress
-        transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-        modules = [module for one in transformers if one is not None for module in one.modules()]
-        self._branch = any(hasattr(module, BRANCH) for module in modules)
+        self._branch = pipeline_has_branch(pipe)
 
     def run(self, *, with_table: bool) -> Measured:
         """Everything. `with_table` also makes a budget table and generates with it.

@@ -26,7 +26,15 @@ from openvsa.plan import BlockPlan
 from openvsa.select import PooledTopK, ReleasedVSA, Selector, pool_mean, select_by_head
 from openvsa.select.pool import spread
 
-__all__ = ["LearnedBranch", "add_branch", "check_settings", "load_branch", "remove_branch", "warn_without_branch"]
+__all__ = [
+    "LearnedBranch",
+    "add_branch",
+    "check_settings",
+    "load_branch",
+    "pipeline_has_branch",
+    "remove_branch",
+    "warn_without_branch",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -116,6 +124,12 @@ def _attentions(transformer: Any) -> list[tuple[str, Any]]:
         if isinstance(attn.processor, SparseProcessor):
             raise OpenVSAError(f"{name} is attached: detach its handle first, and sparsify again afterwards")
     return layers
+
+
+def pipeline_has_branch(pipe: Any) -> bool:
+    """Whether the transformer of a pipeline, or one of its two, has branch weights."""
+    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    return any(hasattr(module, BRANCH) for one in found if one is not None for module in one.modules())
 
 
 def check_settings(config: SparsityConfig, branch: bool) -> None:
